@@ -1,0 +1,1 @@
+"""Specs to networks, and networks to disk: safetensors, plain spec, provenance."""

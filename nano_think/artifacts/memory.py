@@ -1,0 +1,114 @@
+"""A model's memory on disk and in use: the store, the frozen chunk encoder, and the retriever over both.
+
+encoder.safetensors    the chunk encoder
+settings.json          chunk length, neighbours, granularity, figures of the build
+store/                 generations of the vector store
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nano_think.artifacts.checkpoint import load_tensors, save_tensors
+from nano_think.chunks import ChunkEncoder, chunk_records, complete_chunks
+from nano_think.files import write_json
+from nano_think.model import NanoThink
+from nano_think.ops.layout import Layout
+from nano_think.retrieval import MemorySlots, Retriever
+from nano_think.vector_records import Reader
+from nano_think.vector_store import VectorStore
+
+SPLIT = "expert_train"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model may remember. figures: how the store was built."""
+
+    store: VectorStore
+    encoder: ChunkEncoder
+    retriever: Retriever
+    figures: dict[str, Any]
+
+    @classmethod
+    def over(
+        cls, store: VectorStore, encoder: ChunkEncoder, retrieval: Mapping[str, Any], figures: dict[str, Any]
+    ) -> Memory:
+        """Memory with `retrieval` settings k, chunk, granularity."""
+        return cls(store, encoder, Retriever(store, encoder, **retrieval), figures)
+
+    def slots(self, batch: Mapping[str, Tensor]) -> MemorySlots:
+        """Slots of a batch; a document never finds itself or a near copy."""
+        reader = Reader(doc_uid=batch["doc_uid"], cluster=batch["cluster"], splits=(SPLIT,))
+        layout = Layout(batch["positions"], batch["segments"])
+        return self.retriever.retrieve(batch["tokens"], layout, reader)
+
+
+@torch.no_grad()
+def build_memory(
+    model: NanoThink,
+    batches: Iterable[Mapping[str, Tensor]],
+    retrieval: Mapping[str, Any],
+    store: Mapping[str, Any],
+) -> Memory:
+    """Fill a store with what `model` says after each chunk of `batches` (text that its readers never train on).
+
+    The encoder is fitted on the same text and frozen with the table as it is now.
+    """
+    model.eval()
+    batches, chunk = list(batches), retrieval["chunk"]
+    tokens = torch.cat([batch["tokens"][batch["segments"] >= 0] for batch in batches])
+    counts = torch.bincount(tokens, minlength=model.vocab_size)
+    samples = torch.cat(
+        [complete_chunks(b["tokens"], Layout(b["positions"], b["segments"]), chunk).tokens for b in batches]
+    )
+    encoder = ChunkEncoder.fit(model.embedding.weight, counts, samples)
+    memory = VectorStore(
+        model.embedding.embedding_dim, chunk=chunk, fingerprint=encoder.fingerprint(), **store
+    )
+    for batch in batches:
+        layout = Layout(batch["positions"], batch["segments"])
+        hidden = fused_hidden(model, batch["tokens"], layout)
+        ids = {name: batch[name] for name in ("doc_uid", "cluster", "domain")}
+        records = chunk_records(encoder, batch["tokens"], hidden, layout, chunk=chunk, split=SPLIT, **ids)
+        memory.add(records.keys, records.values, **records.meta)
+    memory.publish()
+    figures = {"records": len(memory), "tokens": len(tokens), "chunk": chunk, "index": memory.settings()}
+    return Memory.over(memory, encoder, retrieval, figures)
+
+
+def fused_hidden(model: NanoThink, tokens: Tensor, layout: Layout | None = None) -> Tensor:
+    """Weighted expert outputs (B, L, d): what the head reads, and the nearest thing to it in `prob` fusion."""
+    output = model(tokens, layout, with_logits=False)
+    if output.hidden is not None:
+        return output.hidden
+    return sum(output.weights[..., i, None] * h for i, h in enumerate(output.expert_hidden.values()))
+
+
+def save_memory(memory: Memory, path: Path) -> None:
+    """Write the folder described at the top of this module."""
+    save_tensors(path / "encoder.safetensors", memory.encoder.state_dict())
+    retriever = memory.retriever
+    retrieval = {"k": retriever.k, "chunk": retriever.chunk, "granularity": retriever.granularity}
+    memory.store.save(path / "store")
+    write_json(path / "settings.json", {"retrieval": retrieval, "figures": memory.figures})
+
+
+def load_memory(path: Path) -> Memory | None:
+    """The memory in a folder; None where there is none. Raises UserError where it is damaged."""
+    if not (path / "settings.json").is_file():
+        return None
+    settings = json.loads((path / "settings.json").read_text())
+    tensors = load_tensors(path / "encoder.safetensors")
+    vocab_size, d_model = tensors["table"].shape
+    encoder = ChunkEncoder(vocab_size=vocab_size, d_model=d_model)
+    encoder.load_state_dict(tensors)
+    store = VectorStore.load(path / "store", fingerprint=encoder.fingerprint())
+    return Memory.over(store, encoder, settings["retrieval"], settings["figures"])

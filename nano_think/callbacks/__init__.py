@@ -1,0 +1,1 @@
+"""Lightning callbacks: routing statistics, throughput, samples, guards."""

@@ -1,0 +1,1 @@
+"""From text to batches: sources, splits, shards, packing, sampling."""

@@ -1,0 +1,1 @@
+"""Sampling and generation over the cache. No Lightning, no Hydra."""

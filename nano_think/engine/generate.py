@@ -1,0 +1,189 @@
+"""Autoregressive generation: one pass over the prompt, then one position a step, over one cache."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nano_think.engine.sampling import SamplingConfig, row_generators, sample
+
+OnToken = Callable[[int, int, Tensor | None], None]
+
+
+class LanguageModel(Protocol):
+    """A module that reads tokens into a cache and returns logits for each."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens it knows."""
+
+    def init_state(self, batch: int, max_len: int, max_rollback: int = 0) -> Any:
+        """An empty cache for `batch` rows of at most `max_len` positions."""
+
+    def extend(self, tokens: Tensor, state: Any, **options: Any) -> Any:
+        """Read new tokens (B, n): `logits` (B, n, V) and routing `weights` (B, n, N) or None."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As of nn.Module."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of nn.Module."""
+
+    def eval(self) -> Any:
+        """As of nn.Module."""
+
+
+class Memory(Protocol):
+    """A reader of a vector store that follows the sequences of one batch."""
+
+    def step(self, tokens: Tensor) -> Any:
+        """Take in new tokens (B, n); returns the memory slots each of them may see, None for none."""
+
+
+@dataclass
+class Generation:
+    """What `generate` produced, one entry a row.
+
+    tokens: generated ids, with the end token where it was reached.
+    logprobs: natural log-probability of each generated token, before temperature, top-k and top-p.
+    weights: (n, N) routing weights at the positions that predicted the generated tokens, or None.
+    prompt_weights: (P, N) routing weights at the prompt's positions; the last predicts the first new token.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    weights: list[Tensor] | None = None
+    prompt_weights: list[Tensor] | None = None
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompts: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    config: SamplingConfig | None = None,
+    *,
+    eos_id: int | None = None,
+    banned_ids: Sequence[int] = (),
+    row_ids: Sequence[int] | None = None,
+    context: int | None = None,
+    on_token: OnToken | None = None,
+    memory: Memory | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Generation:
+    """Continue every prompt by up to max_new_tokens tokens; a row stops at `eos_id`.
+
+    prompts: (B, P) token ids of one length P >= 1; an unconditional sample starts from the BOS token.
+    banned_ids: never generated (padding, the start token).
+    row_ids: names of the rows in the random streams, 0 .. B - 1 if None.
+    context: most positions the model may read; generation ends when it is full.
+    on_token: called as on_token(row, token id, routing weights (N,) or None) as each token is drawn.
+    memory: its slots are passed to the model as `memory`.
+    options: further arguments of `model.extend` (forced weights, knock-out).
+    Raises ValueError for an empty or too long prompt, rows of unequal length and ids outside the vocabulary.
+    """
+    config = config or SamplingConfig()
+    tokens = _prompt_tensor(prompts, model, context)
+    batch, prompt_length = tokens.shape
+    room = max_new_tokens if context is None else min(max_new_tokens, context - prompt_length + 1)
+    if room < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, it is {max_new_tokens}")
+    generators = row_generators(config.seed, range(batch) if row_ids is None else row_ids)
+    rows = _Rows(batch, eos_id, on_token)
+    prompt_weights = None
+    with _evaluating(model):
+        state = model.init_state(batch, prompt_length + room - 1)
+        for step in range(room):
+            slots = {} if memory is None else {"memory": memory.step(tokens)}
+            output = model.extend(tokens, state, **(options or {}), **slots)
+            if step == 0:
+                prompt_weights = output.weights
+            logits = _ban(output.logits[:, -1], banned_ids)
+            drawn = sample(logits, config, generators)
+            rows.add(drawn, logits, None if output.weights is None else output.weights[:, -1])
+            if all(rows.finished):
+                break
+            tokens = drawn.unsqueeze(1)
+    return rows.generation(prompt_weights)
+
+
+class _Rows:
+    """The growing output; a finished row is still fed to the model, but nothing is kept of it.
+
+    Rows never see each other, so what a finished row reads cannot matter, and the batch keeps its shape.
+    """
+
+    def __init__(self, batch: int, eos_id: int | None, on_token: OnToken | None) -> None:
+        self.eos_id, self.on_token = eos_id, on_token
+        self.finished = [False] * batch
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.logprobs: list[list[float]] = [[] for _ in range(batch)]
+        self.weights: list[list[Tensor]] = [[] for _ in range(batch)]
+
+    def add(self, drawn: Tensor, logits: Tensor, weights: Tensor | None) -> None:
+        """Keep drawn (B,) with its log-probability under logits (B, V) and the routing weights (B, N)."""
+        logprobs = logits.float().log_softmax(dim=-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1).tolist()
+        weights = None if weights is None else weights.cpu()
+        for row, token in enumerate(drawn.tolist()):
+            if self.finished[row]:
+                continue
+            self.tokens[row].append(token)
+            self.logprobs[row].append(logprobs[row])
+            if weights is not None:
+                self.weights[row].append(weights[row])
+            if self.on_token is not None:
+                self.on_token(row, token, None if weights is None else weights[row])
+            self.finished[row] = token == self.eos_id
+
+    def generation(self, prompt_weights: Tensor | None) -> Generation:
+        """Everything kept, with the prompt's routing weights (B, P, N)."""
+        result = Generation(self.tokens, self.logprobs)
+        if prompt_weights is not None:
+            prompt_weights = prompt_weights.cpu()
+            result.prompt_weights = list(prompt_weights)
+            none = prompt_weights.new_empty(0, prompt_weights.shape[-1])
+            result.weights = [torch.stack(kept) if kept else none for kept in self.weights]
+        return result
+
+
+def _prompt_tensor(
+    prompts: Tensor | Sequence[Sequence[int]], model: LanguageModel, context: int | None
+) -> Tensor:
+    if not isinstance(prompts, Tensor) and len({len(prompt) for prompt in prompts}) > 1:
+        lengths = sorted({len(prompt) for prompt in prompts})
+        raise ValueError(f"prompts of one batch must have one length, these have {lengths}: run them apart")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    tokens = torch.as_tensor(prompts, dtype=torch.long, device=device)
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError("a prompt needs at least one token: start an empty one with the BOS token")
+    if context is not None and tokens.shape[1] > context:
+        raise ValueError(
+            f"the prompt has {tokens.shape[1]} tokens but the model reads at most {context}: shorten it"
+        )
+    if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocab_size:
+        raise ValueError(f"a prompt token lies outside the vocabulary of {model.vocab_size} tokens")
+    return tokens
+
+
+def _ban(logits: Tensor, banned_ids: Sequence[int]) -> Tensor:
+    if not banned_ids:
+        return logits
+    return logits.index_fill(-1, torch.tensor(list(banned_ids), device=logits.device), -math.inf)
+
+
+@contextlib.contextmanager
+def _evaluating(model: LanguageModel) -> Iterator[None]:
+    """Dropout off meanwhile; every module gets its own mode back (frozen parts may differ from the rest)."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

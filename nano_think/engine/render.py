@@ -1,0 +1,106 @@
+"""Generated tokens for people and programs: coloured by the most trusted expert, or as plain records."""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from nano_think.engine.generate import Generation
+
+# Distinct also for the common kinds of colour blindness, readable on dark and on light backgrounds.
+COLOURS = ("dark_orange", "dodger_blue1", "green3", "magenta", "gold3", "cyan3", "red1", "grey58")
+
+TokenBytes = Callable[[int], bytes]
+
+
+class TextAssembler:
+    """Text from byte-level tokens: bytes are held back until they form whole characters."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes, perhaps none."""
+        return self._decoder.decode(self._token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: a replacement character for an unfinished one."""
+        return self._decoder.decode(b"", final=True)
+
+
+class TokenPrinter:
+    """Streams one row to a terminal, each token in the colour of its most trusted expert.
+
+    Where `file` is no terminal, the exact text is written and nothing else.
+    """
+
+    def __init__(
+        self, token_bytes: TokenBytes, expert_names: Sequence[str] = (), file: TextIO | None = None
+    ) -> None:
+        self._console = Console(file=file, highlight=False, markup=False, emoji=False)
+        self._text = TextAssembler(token_bytes)
+        self._names = list(expert_names)
+
+    def prompt(self, text: str) -> None:
+        """The prompt, set apart from what follows."""
+        self._write(text, "bold")
+
+    def token(self, token: int, weights: Tensor | None = None) -> None:
+        """One generated token and its routing weights (N,)."""
+        self._write(self._text.push(token), None if weights is None else colour(int(weights.argmax())))
+
+    def finish(self) -> None:
+        """End the line; on a terminal, name the colours."""
+        self._write(self._text.flush() + "\n", None)
+        if self._console.is_terminal and self._names:
+            self._console.print(legend(self._names))
+
+    def _write(self, text: str, style: str | None) -> None:
+        if not self._console.is_terminal:
+            self._console.file.write(text)
+        elif text:
+            self._console.print(Text(printable(text), style or ""), end="", soft_wrap=True)
+        self._console.file.flush()
+
+
+def colour(expert: int) -> str:
+    """The colour of the expert with this index."""
+    return COLOURS[expert % len(COLOURS)]
+
+
+def legend(expert_names: Sequence[str]) -> Text:
+    """One line that shows each expert in its colour."""
+    parts = [Text(f"■ {name}", colour(i)) for i, name in enumerate(expert_names)]
+    return Text("most trusted: ") + Text("  ").join(parts)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters replaced, so that no model can steer the terminal."""
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+def token_records(
+    generation: Generation, row: int, token_bytes: TokenBytes, expert_names: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """One record {id, text, logprob, weights: {expert: weight}} a generated token, ready for JSON.
+
+    The texts joined give the whole text: a token inside a character has text "", the one that completes it
+    the character. `weights` is left out where the model has no router.
+    """
+    assembler = TextAssembler(token_bytes)
+    records: list[dict[str, Any]] = []
+    for token, logprob in zip(generation.tokens[row], generation.logprobs[row], strict=True):
+        records.append({"id": token, "text": assembler.push(token), "logprob": logprob})
+    if records:
+        records[-1]["text"] += assembler.flush()
+    if generation.weights is not None:
+        for record, weights in zip(records, generation.weights[row].tolist(), strict=True):
+            record["weights"] = dict(zip(expert_names, weights, strict=True))
+    return records

@@ -1,0 +1,1 @@
+"""Perplexity, n-gram baselines, routing analysis, statistics, reports."""

@@ -1,0 +1,1 @@
+"""Whole expert networks, one file each."""

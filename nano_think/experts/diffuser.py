@@ -1,0 +1,308 @@
+"""The diffusion expert: denoises, at every position, a latent that stands for what comes next.
+
+Three kinds of latent x0[t] (`target`), all standardised by frozen statistics:
+  hidden_same   final hidden state of a frozen Transformer at t. Given the context it is a fixed vector, so
+                any number of denoising steps aims at one point.
+  next_embed    frozen embedding of token t + 1.
+  hidden_next   final hidden state of the Transformer at t + 1. Both are random given the context. A sample of
+                such a vector is not their distribution, so likelihoods read the one-step estimate, which is
+                the posterior mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from nano_think.cache import Cache
+from nano_think.experts.denoiser_block import KeysValues, TwoStreamDenoiser
+from nano_think.nn.block import ExpertInput
+from nano_think.nn.norm import RMSNorm
+from nano_think.ops.diffusion import (
+    NoiseSchedule,
+    Param,
+    ScheduleKind,
+    ddim_sample,
+    ddim_timesteps,
+    noise_table,
+)
+from nano_think.ops.layout import Layout
+
+Target = Literal["hidden_same", "next_embed", "hidden_next"]
+StartNoise = Literal["table", "zeros", "rng"]
+GradMode = Literal["last", "none", "all"]
+
+EPS_TERMINAL = 1e-4
+EPS_CLAMP = 4.0
+
+
+class DiffuserExpert(nn.Module):
+    """num_layers two-stream blocks and a DDIM sampler; (B, L, d_model) in and out, causal like every expert.
+
+    A training step, `hidden` being the target vectors (B, L, d_model):
+
+        x0 = expert.standardise(hidden)
+        x_tau = expert.schedule.add_noise(x0, eps, tau)
+        x0_hat = expert.denoise(x_tau, tau, x, layout)        # squared error against x0
+        o = expert.readout(x0_hat)                            # cross-entropy of o @ embedding.T
+
+    `fit_statistics` must have seen the targets before; forward and denoise raise ValueError otherwise.
+
+    param: what the network predicts; `denoise` always returns x0. With `eps` the last noise level keeps 1e-4
+        of the signal and x0 is clamped to 4 standard deviations.
+    ddim_steps: for stand-alone sampling; fused_steps: inside `forward`, always 1 unless target=hidden_same.
+    x_T: start of sampling: a noise table by position, `zeros`, or fresh noise (`rng`, never cacheable).
+    grad: what `forward` differentiates: the `last` step, `all`, or the last step without its input (`none`).
+    max_positions: rows of the noise table held in memory; it grows on demand without changing.
+    self_cond: feed the previous estimate back; only then is its input map (d_model^2 weights) there.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 384,
+        num_layers: int = 4,
+        num_heads: int = 6,
+        ffn_dim: int = 512,
+        train_T: int = 100,
+        schedule: ScheduleKind = "cosine",
+        param: Param = "x0",
+        target: Target = "hidden_same",
+        ddim_steps: int = 10,
+        fused_steps: int = 4,
+        x_T: StartNoise = "table",
+        grad: GradMode = "last",
+        max_positions: int = 4096,
+        noise_seed: int = 0,
+        self_cond: bool = False,
+        dropout: float = 0.1,
+        input_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        for name, value, kind in (
+            ("param", param, Param),
+            ("target", target, Target),
+            ("x_T", x_T, StartNoise),
+            ("grad", grad, GradMode),
+        ):
+            if value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
+        self.d_model, self.param, self.target, self.x_T, self.grad = d_model, param, target, x_T, grad
+        self.ddim_steps, self.noise_seed = ddim_steps, noise_seed
+        self.fused_steps = fused_steps if target == "hidden_same" else 1
+        self.schedule = NoiseSchedule(
+            schedule, train_T, terminal=EPS_TERMINAL if param == "eps" else 0.0, input_scale=input_scale
+        )
+        self.entry = ExpertInput(d_model)
+        self.denoiser = TwoStreamDenoiser(
+            d_model, num_layers, num_heads, ffn_dim, train_T, self_cond=self_cond, dropout=dropout
+        )
+        if target != "hidden_same":
+            self.readout_proj = nn.Linear(d_model, d_model, bias=False)
+            self.readout_norm = RMSNorm(d_model)
+            nn.init.eye_(self.readout_proj.weight)
+        self.register_buffer("target_mean", torch.zeros(d_model))
+        self.register_buffer("target_std", torch.ones(d_model))
+        self.register_buffer("stats_ready", torch.tensor(False))
+        self.register_buffer("noise", noise_table(max_positions, d_model, noise_seed), persistent=False)
+
+    @torch.no_grad()
+    def fit_statistics(self, hidden: Tensor | Iterable[Tensor]) -> None:
+        """Freeze mean and deviation per feature of targets (..., d_model), given at once or in parts.
+
+        Leave out pads. A feature that never varies gets the standard deviation 1.
+        Raises ValueError for fewer than two vectors or values that are not finite.
+        """
+        count = 0
+        total = square = torch.zeros(self.d_model, dtype=torch.float64, device=self.target_mean.device)
+        for part in [hidden] if isinstance(hidden, Tensor) else hidden:
+            rows = part.reshape(-1, self.d_model).to(total)
+            count, total, square = count + len(rows), total + rows.sum(0), square + rows.square().sum(0)
+        if count < 2 or not bool(square.isfinite().all()):
+            raise ValueError("fit_statistics needs at least two target vectors, all of them finite")
+        mean = total / count
+        variance = (square / count - mean.square()).clamp(min=0)
+        # below this the difference of the two sums is rounding
+        varies = variance > 1e-12 * mean.square()
+        self.target_mean.copy_(mean)
+        self.target_std.copy_(torch.where(varies, variance, 1.0).sqrt())
+        self.stats_ready.fill_(True)
+
+    def standardise(self, hidden: Tensor) -> Tensor:
+        """Target vectors (..., d_model) to latents x0 of zero mean and unit variance."""
+        self._require_statistics()
+        return (hidden - self.target_mean) / self.target_std
+
+    def unstandardise(self, x0: Tensor) -> Tensor:
+        """Inverse of `standardise`."""
+        return x0 * self.target_std + self.target_mean
+
+    def readout(self, x0: Tensor) -> Tensor:
+        """Latents (..., d_model) to the vectors whose product with the embedding table is the logits."""
+        if self.target == "hidden_same":
+            return self.unstandardise(x0)
+        return self.readout_norm(self.readout_proj(x0))
+
+    def clean_stream(self, c: Tensor, layout: Layout | None = None) -> list[KeysValues]:
+        """Keys and values of every layer for expert inputs c (B, L, d_model): all that a noisy pass reads."""
+        return self.denoiser.clean_stream(self._context(c), Layout.of(c, layout))
+
+    def predict(
+        self,
+        x_tau: Tensor,
+        tau: int | Tensor,
+        c: Tensor,
+        layout: Layout | None = None,
+        kv: list[KeysValues] | None = None,
+        self_cond: Tensor | None = None,
+    ) -> Tensor:
+        """The network's own output, of kind `param`, at latents x_tau and levels tau (), (B,) or (B, L).
+
+        c: expert inputs (B, L, d_model); kv: their `clean_stream` where it is known already;
+        self_cond: an earlier estimate of x0 (B, L, d_model), without gradient; None stands for zeros.
+        """
+        self._require_statistics()
+        layout, context = Layout.of(c, layout), self._context(c)
+        kv = self.denoiser.clean_stream(context, layout) if kv is None else kv
+        return self.denoiser(x_tau, tau, context, kv, layout, self_cond)
+
+    def to_x0(self, prediction: Tensor, x_tau: Tensor, tau: int | Tensor) -> Tensor:
+        """x0 from a prediction of kind `param`."""
+        x0 = self.schedule.to_x0(prediction, x_tau, tau, self.param)
+        return x0.clamp(-EPS_CLAMP, EPS_CLAMP) if self.param == "eps" else x0
+
+    def denoise(
+        self,
+        x_tau: Tensor,
+        tau: int | Tensor,
+        c: Tensor,
+        layout: Layout | None = None,
+        kv: list[KeysValues] | None = None,
+        self_cond: Tensor | None = None,
+    ) -> Tensor:
+        """Estimate of x0 (B, L, d_model) from one noisy pass; arguments as in `predict`."""
+        return self.to_x0(self.predict(x_tau, tau, c, layout, kv, self_cond), x_tau, tau)
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """(B, L, d_model) token vectors to output vectors of the same shape, by `steps` noisy passes.
+
+        steps: `fused_steps` where not given. generator: for x_T=rng. Positions must lie below L.
+        """
+        self._require_statistics()
+        layout = Layout.of(x, layout)
+        context = self._context(x.detach() if self.grad == "none" else x)
+        clean = self.denoiser.clean_stream(context, layout)
+        start = self._start(context, layout.positions, x.shape[1], generator)
+        return self.readout(self._sample(start, context, clean, layout, steps)).to(x.dtype)
+
+    def init_state(self, batch: int, max_len: int, max_rollback: int = 0) -> Cache:
+        """Clean-stream keys and values of every layer; latents are never cached."""
+        mixers = [block.mixer for block in self.denoiser.blocks]
+        return Cache.stack([mixer.init_state(batch, max_len, max_rollback) for mixer in mixers])
+
+    def extend(
+        self,
+        x: Tensor,
+        state: Cache,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Output vectors (B, n, d_model) of n new positions: one clean pass and `steps` noisy ones."""
+        self._require_statistics()
+        end = state.length + x.shape[1]
+        layout = Layout.span(state.length, x.shape[1], x.device)
+        context = self._context(x)
+        clean = self.denoiser.clean_stream(context, layout, state)
+        start = self._start(context, layout.positions, end, generator)
+        return self.readout(self._sample(start, context, clean, layout, steps)).to(x.dtype)
+
+    @torch.no_grad()
+    def draft(
+        self,
+        prompt: Tensor,
+        table: Tensor,
+        length: int,
+        generator: torch.Generator,
+        steps: int | None = None,
+    ) -> Tensor:
+        """`length` tokens (B, length) after a prompt, all positions denoised at once. Not a likelihood.
+
+        prompt: (B, P, d_model) with P >= 1, rows of the embedding table (V, d_model); a lone document start
+        stands for "no prompt". Latents do not see each other. Drafted tokens depend on each other only because
+        every step re-reads the nearest tokens of the step before as its context (zero vectors in the first),
+        so news travels one position a step and a token may rest on a guess that was revised since.
+        Positions stay causal: a draft is parallel, not bidirectional.
+        """
+        self._require_statistics()
+        first = prompt.shape[1] - 1
+        everywhere = Layout.span(0, first + length, prompt.device)
+        drafted = Layout.span(first, length, prompt.device)
+        words = prompt.new_zeros(prompt.shape[0], length - 1, self.d_model)
+        tokens, x0 = None, None
+
+        def denoise(x: Tensor, tau: int) -> Tensor:
+            nonlocal words, tokens, x0
+            context = self._context(torch.cat((prompt, words), dim=1))
+            clean = self.denoiser.clean_stream(context, everywhere)
+            x0 = self.to_x0(self.denoiser(x, tau, context[:, first:], clean, drafted, x0), x, tau)
+            tokens = (self.readout(x0).to(table.dtype) @ table.T).argmax(dim=-1)
+            words = table[tokens[:, :-1]]
+            return x0
+
+        shape = (prompt.shape[0], length, self.d_model)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        ddim_sample(
+            self.schedule, denoise, noise.to(prompt.device), self._timesteps(steps or self.ddim_steps)
+        )
+        return tokens
+
+    def _context(self, c: Tensor) -> Tensor:
+        return self.denoiser.context_in(self.entry(c))
+
+    def _timesteps(self, steps: int) -> list[int]:
+        return ddim_timesteps(steps, self.schedule.train_T)
+
+    def _sample(
+        self, start: Tensor, context: Tensor, clean: list[KeysValues], layout: Layout, steps: int | None
+    ) -> Tensor:
+        x0 = None
+
+        def denoise(x: Tensor, tau: int) -> Tensor:
+            nonlocal x0
+            x0 = self.to_x0(self.denoiser(x, tau, context, clean, layout, x0), x, tau)
+            return x0
+
+        timesteps = self._timesteps(self.fused_steps if steps is None else steps)
+        return ddim_sample(
+            self.schedule, denoise, start, timesteps, grad="all" if self.grad == "all" else "last"
+        )
+
+    def _start(
+        self, context: Tensor, positions: Tensor, end: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """x_T (B, L, d_model), at least fp32: the sampler's differences are small beside its terms."""
+        dtype = torch.promote_types(context.dtype, torch.float32)
+        if self.x_T == "zeros":
+            return torch.zeros_like(context, dtype=dtype)
+        if self.x_T == "rng":
+            device = context.device if generator is None else generator.device
+            return torch.randn(context.shape, generator=generator, device=device).to(context.device, dtype)
+        if end > len(self.noise):
+            with torch.inference_mode(False):
+                longer = noise_table(max(end, 2 * len(self.noise)), self.d_model, self.noise_seed)
+                self.noise = longer.to(self.noise)
+        return self.noise[positions].to(dtype).expand_as(context)
+
+    def _require_statistics(self) -> None:
+        if not self.stats_ready:
+            raise ValueError(
+                "the diffuser has no target statistics: call fit_statistics(hidden) on training targets"
+            )

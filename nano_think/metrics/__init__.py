@@ -1,0 +1,1 @@
+"""Torchmetrics objects: per-domain loss and routing statistics."""

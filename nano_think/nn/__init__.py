@@ -1,0 +1,1 @@
+"""Layers with keyword constructors."""

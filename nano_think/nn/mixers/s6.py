@@ -1,0 +1,131 @@
+"""S6, the selective state-space mixer of Mamba (Gu and Dao, arXiv 2312.00752, section 3.4 and algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nano_think.cache import RingState
+from nano_think.ops.conv import causal_conv, extend_window
+from nano_think.ops.layout import Layout
+from nano_think.ops.selective_scan import Backend, selective_scan
+
+STEP_RANGE, STEP_FLOOR = (1e-3, 1e-1), 1e-4  # initial step sizes: log-uniform, and their smallest value
+
+
+class S6(nn.Module):
+    """in_proj -> causal convolution -> SiLU -> selective scan -> SiLU gate -> out_proj.
+
+    d_inner: channels of the scan, 2 d_model where not given; d_state: states a channel; d_conv: taps of the
+    convolution; dt_rank: width of the step-size bottleneck, d_model / 16 rounded up where not given.
+    backend: see `selective_scan`. gate=False leaves the gate branch out.
+
+    The step-size projection is not an nn.Linear, because its init must survive a general init of all Linears:
+    it decides over how many positions a channel remembers.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_inner: int | None = None,
+        d_state: int = 16,
+        d_conv: int = 4,
+        dt_rank: int | None = None,
+        backend: Backend = "auto",
+        gate: bool = True,
+    ) -> None:
+        super().__init__()
+        self.d_inner, self.d_state, self.d_conv = d_inner or 2 * d_model, d_state, d_conv
+        self.dt_rank, self.backend, self.gate = dt_rank or math.ceil(d_model / 16), backend, gate
+        self.in_proj = nn.Linear(d_model, (1 + gate) * self.d_inner, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(self.d_inner, d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(self.d_inner))
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_weight = nn.Parameter(torch.empty(self.d_inner, self.dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(self.d_inner))
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        for parameter in (self.A_log, self.D, self.dt_bias):
+            parameter._no_weight_decay = True
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The initial values of everything but the three Linears.
+
+        A = -1 .. -n for every channel (S4D-real), D = 1, steps softplus(dt_bias) log-uniform in [1e-3, 1e-1],
+        uniform dt_weight in +-dt_rank^-1/2, convolution as torch's Conv1d.
+        """
+        bound = self.d_conv**-0.5
+        self.conv_weight.uniform_(-bound, bound)
+        self.conv_bias.uniform_(-bound, bound)
+        self.dt_weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        low, high = (math.log(limit) for limit in STEP_RANGE)
+        step = torch.empty_like(self.dt_bias).uniform_(low, high).exp().clamp(min=STEP_FLOOR)
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
+        self.D.fill_(1)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """(B, L, d_model) to the same shape; token t sees tokens <= t of its own document."""
+        u, z = self._split(self.in_proj(x))
+        segments = None if layout.plain else layout.segments
+        u = F.silu(causal_conv(u, self.conv_weight, self.conv_bias, segments))
+        dt, B, C = self._selection(u)
+        starts = None
+        if not layout.plain:
+            # exp(0 A) = 1 and 0 B x = 0: a pad leaves the state exactly as it is.
+            dt = dt.masked_fill(layout.pads.unsqueeze(-1), 0)
+            starts = layout.starts.expand(x.shape[:2])
+        y, _ = self._scan(u, dt, B, C, starts)
+        return self._project(y, z)
+
+    def init_state(self, batch: int, max_len: int, max_rollback: int = 0) -> RingState:
+        """The last d_conv - 1 inputs of the convolution and the fp32 scan state; `max_len` costs nothing."""
+        weight = self.in_proj.weight
+        return RingState(
+            max_rollback,
+            window=weight.new_zeros(batch, self.d_inner, self.d_conv - 1),
+            scan=weight.new_zeros(batch, self.d_inner, self.d_state, dtype=torch.float32),
+        )
+
+    def extend(self, x: Tensor, state: RingState) -> Tensor:
+        """Read n new positions (B, n, d_model) after those in `state`."""
+        u, z = self._split(self.in_proj(x))
+        history = extend_window(u, state["window"], self.d_conv)
+        u = F.silu(causal_conv(u, self.conv_weight, self.conv_bias, window=state["window"]))
+        selection = (u, *self._selection(u))
+        outputs = []
+        for piece in state.pieces(x.shape[1]):
+            y, scan = self._scan(*(tensor[:, piece] for tensor in selection), state=state["scan"])
+            window = history[:, piece.stop : piece.stop + self.d_conv - 1].transpose(1, 2).clone()
+            state.advance(piece.stop - piece.start, window=window, scan=scan)
+            outputs.append(y)
+        return self._project(torch.cat(outputs, dim=1), z)
+
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
+        return projected.chunk(2, dim=-1) if self.gate else (projected, None)
+
+    def _selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step sizes (B, L, d_inner), B and C (B, L, d_state) that the inputs choose for themselves."""
+        low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return F.softplus(F.linear(low, self.dt_weight).float() + self.dt_bias), B, C
+
+    def _scan(
+        self,
+        u: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        starts: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        A = -torch.exp(self.A_log.float())
+        return selective_scan(u, dt, A, B, C, self.D, starts, state, self.backend)
+
+    def _project(self, y: Tensor, z: Tensor | None) -> Tensor:
+        return self.out_proj(y if z is None else y * F.silu(z))

@@ -1,0 +1,1 @@
+"""Pure tensor functions; each fast path has a plain twin beside it."""

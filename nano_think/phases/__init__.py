@@ -1,0 +1,1 @@
+"""Run functions that the phase configs name."""

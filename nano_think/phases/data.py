@@ -1,0 +1,122 @@
+"""Phase 1: the corpus with its splits, the tokenizer, and the token shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from nano_think.data.corpus import Corpus
+from nano_think.data.prepare import prepare_corpus
+from nano_think.data.report import report_table, shard_report
+from nano_think.data.shards import Shards, build_shards
+from nano_think.errors import UserError
+from nano_think.files import write_json
+from nano_think.phases.run import Maker, Run
+from nano_think.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe
+
+TRAIN_SPLITS = ("expert_train",)
+
+
+def corpus_maker(run: Run) -> Maker:
+    """Documents of the source, normalised, clustered and split."""
+    source = instantiate(run.cfg.data.source, _convert_="all")
+    spec = {"source": source.fingerprint(), "describe": source.describe()["name"]}
+
+    def build(path: Path) -> dict[str, Any]:
+        with _progress(run) as progress:
+            task = progress.add_task("reading documents", total=None)
+            corpus = prepare_corpus(
+                source, path / "corpus", progress=lambda done: progress.update(task, completed=done)
+            )
+        return {"hash": corpus.hash, "domains": corpus.domains}
+
+    return Maker("corpus", spec, build, command=run.command(phase="data"))
+
+
+def tokenizer_maker(run: Run) -> Maker:
+    """A byte-level BPE trained on the training split of the corpus, or a given vocabulary."""
+    settings, corpus = run.plain(run.cfg.tokenizer), corpus_maker(run)
+    if settings["kind"] not in ("bpe", "gpt2"):
+        raise UserError(f"tokenizer.kind={settings['kind']} is not one of bpe, gpt2")
+    needs = {"corpus": corpus} if settings["kind"] == "bpe" else {}
+
+    def build(path: Path) -> dict[str, Any]:
+        if settings["kind"] == "bpe":
+            tokenizer = train_bpe(_training_texts(run, corpus), settings["vocab_size"])
+        else:
+            tokenizer = gpt2_tokenizer(settings["path"])
+        tokenizer.save(path / "tokenizer")
+        return {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
+
+    return Maker("tokenizer", settings, build, needs, run.command(phase="tokenizer"))
+
+
+def shards_maker(run: Run) -> Maker:
+    """The corpus as memory-mapped token ids."""
+    corpus, tokenizer = corpus_maker(run), tokenizer_maker(run)
+
+    def build(path: Path) -> dict[str, Any]:
+        with _progress(run) as progress:
+            task = progress.add_task("tokenising", total=None)
+            shards = build_shards(
+                load_corpus(run, corpus),
+                load_tokenizer(run, tokenizer),
+                path / "shards",
+                progress=lambda done: progress.update(task, completed=done),
+            )
+        return {"tokens": {split: shards.num_tokens(split) for split in shards.manifest["splits"]}}
+
+    needs = {"corpus": corpus, "tokenizer": tokenizer}
+    return Maker("shards", {}, build, needs, run.command(phase="data"))
+
+
+def load_corpus(run: Run, maker: Maker) -> Corpus:
+    """An existing corpus artefact."""
+    return Corpus(maker.recipe.path(run.artifacts) / "corpus")
+
+
+def load_tokenizer(run: Run, maker: Maker) -> Tokenizer:
+    """An existing tokenizer artefact."""
+    return Tokenizer.load(maker.recipe.path(run.artifacts) / "tokenizer")
+
+
+def load_shards(run: Run, maker: Maker) -> Shards:
+    """An existing shards artefact."""
+    return Shards(maker.recipe.path(run.artifacts) / "shards")
+
+
+def run(run: Run) -> dict[str, Any]:
+    """`phase=data`: prepare everything that training reads, and report tokens and leakage."""
+    maker = shards_maker(run)
+    for need in maker.needs.values():
+        run.obtain(need, named=True)
+    path = run.obtain(maker, named=True)
+    tokenizer = load_tokenizer(run, maker.needs["tokenizer"])
+    report = shard_report(tokenizer, load_shards(run, maker), "expert_train")
+    run.console.print(report_table(report))
+    leakage = load_corpus(run, maker.needs["corpus"]).path / "leakage.md"
+    run.say(f"leakage report: {leakage}")
+    write_json(run.dir / "tokens.json", report)
+    return {"shards": str(path), "report": str(run.dir / "tokens.json")}
+
+
+def _training_texts(run: Run, corpus: Maker) -> Any:
+    """Texts of the training split, domain by domain."""
+    documents = load_corpus(run, corpus)
+    for split in TRAIN_SPLITS:
+        for domain in documents.domains:
+            for record in documents.documents(split, domain):
+                yield record.text
+
+
+def _progress(run: Run) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=run.console, transient=True)

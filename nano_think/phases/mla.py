@@ -1,0 +1,259 @@
+"""Phase 7: the fused model over frozen experts, stage by stage.
+
+7a static weights (a convex fit), 7b the router alone, 7c table, MLA and router, 7d memory. Each stage starts from
+the selected weights of the one before, and what it gains is therefore its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from nano_think.artifacts.build import build as build_network
+from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, save_fused
+from nano_think.artifacts.memory import Memory, build_memory, load_memory, save_memory
+from nano_think.data.module import TokenDataModule
+from nano_think.errors import UserError
+from nano_think.evals.report import Table, render_table
+from nano_think.files import write_json
+from nano_think.model import NanoThink
+from nano_think.ops.layout import Layout
+from nano_think.ops.pooling import fit_static_weights, usefulness
+from nano_think.phases.data import shards_maker
+from nano_think.phases.expert import expert_maker
+from nano_think.phases.fit import Fit
+from nano_think.phases.run import Maker, Run
+from nano_think.tasks.route import RouteTask
+
+STAGES = ("7a", "7b", "7c", "7d")
+SPLIT = "fusion_train"
+
+
+def last_stage(run: Run) -> str:
+    """The stage that `stage=` asks for; `all` ends with memory, or before it where retrieval.k is 0."""
+    if run.cfg.stage != "all":
+        return run.cfg.stage
+    return "7d" if run.cfg.model.retrieval.k else "7c"
+
+
+def mla_maker(run: Run, stage: str) -> Maker:
+    """The fused model after `stage`, on top of the stage before it."""
+    training = run.plain(run.cfg.training.mla)
+    own = training["stages"].get(stage, {})
+    numbers = {**training, "lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "max_steps": None, **own}
+    fit = Fit(run, shards_maker(run), numbers, f"mla_{stage}", train_split=SPLIT)
+    spec = {"experts": list(run.cfg.expert.names), "seed": run.cfg.seed}
+    needs: dict[str, Maker] = {"shards": fit.shards}
+    if stage == "7a":
+        needs |= {name: expert_maker(run.sub("expert", name), name) for name in run.cfg.expert.names}
+        spec |= {"model": _model_settings(run), "static_tokens": training["static_tokens"]}
+    else:
+        needs["before"] = mla_maker(run, STAGES[STAGES.index(stage) - 1])
+        keys = ("anchor", "entropy_token", "entropy_mean", "memory_dropout", "router_lr_scale")
+        spec |= {"fit": fit.spec, **{key: training[key] for key in keys}}
+    if stage == "7d":
+        spec |= {"retrieval": run.plain(run.cfg.model.retrieval), "store": run.plain(run.cfg.model.store)}
+
+    def build(path: Path) -> dict[str, Any]:
+        return _static(run, maker, fit, path) if stage == "7a" else _train(run, maker, stage, fit, path)
+
+    command = run.command(phase="mla", expert=run.cfg.expert.name, stage=stage)
+    maker = Maker(f"mla_{stage}", spec, build, needs, command)
+    return maker
+
+
+def _model_settings(run: Run) -> dict[str, Any]:
+    """MLA, router and fusion as plain values; private tables force raw input and probability space."""
+    settings = {key: run.plain(run.cfg.model[key]) for key in ("mla", "router", "fusion", "expert_input")}
+    settings["mla"] = {**settings["mla"], "memory": run.cfg.model.retrieval.k > 0}
+    if run.cfg.expert.embed == "own":
+        settings |= {"fusion": {"space": "prob"}, "expert_input": "raw"}
+    return settings
+
+
+def _assemble(maker: Maker, experts: dict[str, Checkpoint]) -> tuple[NanoThink, dict[str, Any]]:
+    """The fused model around pre-trained experts, and its spec."""
+    first = next(iter(experts.values()))
+    settings = maker.spec["model"]
+    private = settings["fusion"]["space"] == "prob" and settings["expert_input"] == "raw" and _private(maker)
+    spec = {
+        "_target_": "nano_think.model.NanoThink",
+        "experts": {name: checkpoint.spec["expert"] for name, checkpoint in experts.items()},
+        "vocab_size": first.model.vocab_size,
+        "d_model": first.model.embedding.embedding_dim,
+        "mla": settings["mla"],
+        "router": {**settings["router"], "num_experts": len(experts)},
+        "fusion": settings["fusion"]["space"],
+        "expert_input": settings["expert_input"],
+    }
+    if private:
+        table = {
+            "_target_": "torch.nn.Embedding",
+            "num_embeddings": spec["vocab_size"],
+            "embedding_dim": spec["d_model"],
+        }
+        spec["tables"] = {name: dict(table) for name in experts}
+    model = build_network(spec)
+    for name, checkpoint in experts.items():
+        model.experts[name].load_state_dict(checkpoint.model.expert.state_dict())
+        if private:
+            model.tables[name].load_state_dict(checkpoint.model.embedding.state_dict())
+    model.embedding.load_state_dict(first.model.embedding.state_dict())
+    model.freeze_experts()
+    return model, spec
+
+
+def _private(maker: Maker) -> bool:
+    """Whether an expert other than the first was trained with a table of its own."""
+    names = maker.spec["experts"]
+    return any(maker.needs[name].spec["own_table"] for name in names[1:])
+
+
+def _static(run: Run, maker: Maker, fit: Fit, path: Path) -> dict[str, Any]:
+    """7a: assemble the model and fit one constant weight an expert, on text that no expert saw."""
+    experts = {
+        name: load_checkpoint(maker.needs[name].recipe.path(run.artifacts), maker.needs[name].command)
+        for name in maker.spec["experts"]
+    }
+    L.seed_everything(run.cfg.seed, workers=True, verbose=False)
+    model, spec = _assemble(maker, experts)
+    model.eval()
+    hidden, labels = _outputs(model, fit.data(), maker.spec["static_tokens"])
+    heads = [model.tables[name].weight if name in model.tables else model.embedding.weight for name in hidden]
+    heads = heads if len(model.tables) else heads[0]
+    space = "prob" if model.fusion == "prob" else "hidden"
+    fitted = fit_static_weights(hidden, heads, labels, space=space)
+    useful = usefulness(hidden, heads, labels)
+    model.router.set_static(fitted.weights)
+    save_fused(path, spec, model, fit.tokenizer(), run.cfg.size.seq_len)
+    result = {
+        "weights": dict(zip(hidden, fitted.weights.tolist(), strict=True)),
+        "loss": fitted.nll,
+        "loss_per_expert": dict(zip(hidden, fitted.nll_per_expert.tolist(), strict=True)),
+        "gap": dict(zip(hidden, useful.gap.tolist(), strict=True)),
+        "mean_kl": dict(zip(hidden, useful.kl.tolist(), strict=True)),
+        "helps": dict(zip(hidden, useful.helps.tolist(), strict=True)),
+        "reference": list(hidden)[useful.reference],
+        "tokens": len(labels),
+    }
+    write_json(path / "static.json", result)
+    return result
+
+
+@torch.no_grad()
+def _outputs(model: NanoThink, data: TokenDataModule, num_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Expert outputs (T, d) by name and labels (T,) of a sample spread evenly over the fusion split."""
+    rows = -(-num_tokens // (data.seq_len * len(data.domains)))
+    hidden: dict[str, list[Tensor]] = {name: [] for name in model.experts}
+    labels: list[Tensor] = []
+    for batch in data.dataloader(SPLIT, rows=rows):
+        valid = batch["labels"] != -100
+        output = model(batch["tokens"], Layout(batch["positions"], batch["segments"]), with_logits=False)
+        for name, gain in zip(model.experts, model.expert_gain, strict=True):
+            hidden[name].append(gain * output.expert_hidden[name][valid])
+        labels.append(batch["labels"][valid])
+    return {name: torch.cat(parts)[:num_tokens] for name, parts in hidden.items()}, torch.cat(labels)[
+        :num_tokens
+    ]
+
+
+def _train(run: Run, maker: Maker, stage: str, fit: Fit, path: Path) -> dict[str, Any]:
+    """7b, 7c, 7d: train the declared set of the stage with Lightning."""
+    before = maker.needs["before"]
+    start = load_checkpoint(before.recipe.path(run.artifacts), before.command)
+    model, data, tokenizer = start.model, fit.data(), start.tokenizer
+    L.seed_everything(run.cfg.seed, workers=True, verbose=False)
+    memory = _memory(run, maker, model, data) if stage == "7d" else None
+    training = run.plain(run.cfg.training.mla)
+    scale = {"router": training["router_lr_scale"]} if stage != "7b" else None
+    options = {key: training[key] for key in ("anchor", "entropy_token", "entropy_mean", "memory_dropout")}
+    task = RouteTask(
+        model,
+        domains=data.domains,
+        byte_lengths=torch.as_tensor(tokenizer.byte_lengths),
+        stage=stage,
+        slots=memory.slots if memory else None,
+        seed=run.cfg.seed,
+        **fit.factories(scale),
+        **options,
+    )
+    result = fit(task, data, run.work_dir(maker))
+    save_fused(path, start.spec["model"], model.cpu(), tokenizer, run.cfg.size.seq_len)
+    write_json(path / "static.json", json.loads((start.path / "static.json").read_text()))
+    if memory is not None:
+        save_memory(memory, path / "memory")
+        result["memory"] = memory.figures
+    return result
+
+
+def _memory(run: Run, maker: Maker, model: NanoThink, data: TokenDataModule) -> Memory:
+    """The frozen store of 7d, filled once by the model of 7c; a resumed run finds it where it left it."""
+    folder = run.work_dir(maker) / "memory"
+    memory = load_memory(folder)
+    if memory is None:
+        run.say("filling the memory from the experts' training text")
+        store = dict(maker.spec["store"])
+        batches = data.dataloader("expert_train", rows=store.pop("rows"))
+        memory = build_memory(model, batches, maker.spec["retrieval"], store)
+        save_memory(memory, folder)
+    return memory
+
+
+def stages_of(maker: Maker) -> Iterator[tuple[str, Maker]]:
+    """The stages that lead to `maker`, first one first."""
+    if "before" in maker.needs:
+        yield from stages_of(maker.needs["before"])
+    yield maker.kind.removeprefix("mla_"), maker
+
+
+def run(run: Run) -> dict[str, Any]:
+    """`phase=mla`: make the stages in order, show what each gained, publish the model."""
+    if len(run.cfg.expert.names) < 2:
+        raise UserError("phase=mla mixes experts: use expert=all")
+    maker = mla_maker(run, last_stage(run))
+    path = run.obtain(maker, named=True)
+    published = run.publish(path, "nano_think")
+    rows = []
+    for stage, made in stages_of(maker):
+        provenance = json.loads((made.recipe.path(run.artifacts) / "provenance.json").read_text())
+        result = provenance["result"]
+        if stage == "7a":
+            show_static(run, result)
+        else:
+            first, best = result["history"][0][1], result["val_loss"]
+            rows.append([stage, first, best, first - best, result["best_step"], result["steps"]])
+    table = Table(
+        ["stage", "val loss before", "after", "gain", "selected step", "steps"],
+        rows,
+        title="What each stage gained",
+    )
+    render_table(table, run.console)
+    run.say(f"[bold]model[/bold]: {published}")
+    return {
+        "checkpoint": str(published),
+        "stages": {row[0]: row[2] for row in rows},
+        "objective": _last(rows),
+    }
+
+
+def show_static(run: Run, result: dict[str, Any]) -> None:
+    """The usefulness criterion and the static weights on screen."""
+    rows = [
+        [name, result["loss_per_expert"][name], result["gap"][name], result["mean_kl"][name], weight]
+        + (["reference"] if name == result["reference"] else ["yes" if result["helps"][name] else "no"])
+        for name, weight in result["weights"].items()
+    ]
+    headers = ["expert", "loss", "gap", "mean KL", "static weight", "helps (gap < KL)"]
+    render_table(
+        Table(headers, rows, title="7a: static weights on text that no expert saw, nats a token"), run.console
+    )
+
+
+def _last(rows: list[list[Any]]) -> float | None:
+    return rows[-1][2] if rows else None

@@ -1,0 +1,226 @@
+"""A run: one composed configuration, its folder, and the artefacts it makes or reuses.
+
+An artefact is described by a `Maker` before it exists: kind, plain spec, needs and a build function. Its hash
+follows from these, so whether it is already there is known without building anything, and two runs that would
+make the same thing share it.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from nano_think import __version__
+from nano_think.artifacts.recipe import COMPLETE_MARK, Recipe
+from nano_think.config import validate
+from nano_think.errors import UserError
+from nano_think.files import atomic_dir, atomic_write, write_json
+
+# What only the phase named on the command line receives; everything else reaches prerequisites too.
+OWN_KEYS = frozenset(
+    "phase stage optimizer schedule trainer callbacks logger ckpt run prompt prompt_file generate eval memory "
+    "hydra prereq".split()
+)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """How one artefact is made.
+
+    build: fills the folder it is given and returns results (plain values) for the provenance file.
+    label: how the artefact is called on screen and in the run folder.
+    """
+
+    kind: str
+    spec: dict[str, Any]
+    build: Callable[[Path], dict[str, Any]]
+    needs: dict[str, Maker] = field(default_factory=dict)
+    command: str = ""
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        needs = {name: maker.recipe for name, maker in self.needs.items()}
+        return Recipe(self.kind, self.spec, needs, self.command)
+
+
+class Run:
+    """One phase with its configuration.
+
+    cfg: the composed configuration. overrides: the command line it came from. dir: the run folder.
+    """
+
+    def __init__(self, cfg: DictConfig, overrides: list[str], directory: Path, console: Console) -> None:
+        self.cfg, self.overrides, self.dir, self.console = cfg, overrides, directory, console
+        self.root = Path(cfg.run.root)
+        self.artifacts = self.root / "artifacts"
+        self._mentioned: set[str] = set()
+
+    def say(self, message: str) -> None:
+        """One line on the terminal."""
+        self.console.print(message, highlight=False, soft_wrap=True)
+
+    def plain(self, node: Any) -> Any:
+        """A config node as plain, resolved values."""
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+    def sub(self, phase: str, expert: str | None = None) -> Run:
+        """The run of a prerequisite phase: same data, sizes and seeds, its own optimizer and trainer."""
+        kept = [*self._handed_on(), f"phase={phase}"]
+        prereq = self.plain(self.cfg.prereq)
+        for name in (phase, expert):
+            for key, value in _flat(prereq.get(name)):
+                kept.append(f"++{key}={value}" if "." in key else f"{key}={value}")
+        if self.cfg.expert_seed is not None and phase == "expert":
+            kept.append(f"seed={self.cfg.expert_seed}")
+        cfg = compose("config", kept)
+        if expert is not None:
+            # composed with the expert= of the whole run, so that overrides of any expert stay valid
+            OmegaConf.set_struct(cfg, False)
+            cfg.expert.name, cfg.expert.names = expert, [expert]
+        cfg.run.root = str(self.root)
+        return Run(cfg, kept, self.dir, self.console)
+
+    def command(self, **choices: Any) -> str:
+        """The command line that makes a phase with what this run would hand on to it."""
+        named = [f"{key}={value}" for key, value in choices.items() if value is not None]
+        expert = choices.get("expert")
+        kept = [o for o in self._handed_on() if _name(o) != "expert" and not _of_other_expert(o, expert)]
+        return " ".join(["python train.py", *named, *kept])
+
+    def _handed_on(self) -> list[str]:
+        """The overrides that reach prerequisites."""
+        return [o for o in self.overrides if _name(o).split(".")[0] not in OWN_KEYS]
+
+    def obtain(self, maker: Maker, named: bool = False) -> Path:
+        """The folder of an artefact, reused or built together with its needs.
+
+        named: the artefact is what this phase is about; with prerequisites=require all others must exist.
+        Raises UserError naming the command where a required one is missing.
+        """
+        recipe = maker.recipe
+        path = recipe.path(self.artifacts)
+        if recipe.exists(self.artifacts):
+            if recipe.hash not in self._mentioned:
+                self.say(f"[dim]reused {maker.kind} {recipe.hash}[/dim]")
+            self._mentioned.add(recipe.hash)
+            return path
+        if self.cfg.prerequisites == "require" and not named:
+            raise UserError(f"{maker.kind} {recipe.hash} is missing: make it with `{maker.command}`")
+        for need in maker.needs.values():
+            self.obtain(need)
+        self.say(f"[bold]building {maker.kind} {recipe.hash}[/bold]")
+        started = time.perf_counter()
+        with atomic_dir(path) as temporary:
+            result = maker.build(temporary)
+            seconds = round(time.perf_counter() - started, 1)
+            provenance = {**recipe.lineage(), "made_by": versions(), "seconds": seconds, "result": result}
+            write_json(temporary / COMPLETE_MARK, provenance)
+        shutil.rmtree(self.work_dir(maker), ignore_errors=True)
+        self.say(f"built {maker.kind} {recipe.hash} in {seconds} s")
+        self._mentioned.add(recipe.hash)
+        return path
+
+    def work_dir(self, maker: Maker) -> Path:
+        """Where a build keeps what a restart continues from; gone once the artefact is complete."""
+        return self.artifacts / ".work" / f"{maker.kind}-{maker.recipe.hash}"
+
+    def publish(self, source: Path, name: str) -> Path:
+        """Copy an artefact to `checkpoints/<name>`, the place that users and scripts name."""
+        target = self.root / "checkpoints" / name
+        with atomic_dir(target.with_name(f"{name}.new")) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        target.with_name(f"{name}.new").rename(target)
+        return target
+
+
+def run_phase(cfg: DictConfig) -> float | None:
+    """Run the phase of a Hydra job and leave its folder complete: config, manifest, result.
+
+    Returns the phase's `objective` (for sweepers), if it has one.
+    """
+    validate(cfg)
+    job = HydraConfig.get()
+    run = Run(cfg, list(job.overrides.task), Path(job.runtime.output_dir), console())
+    run.dir.mkdir(parents=True, exist_ok=True)
+    atomic_write(run.dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    manifest = {"command": ["train.py", *run.overrides], "seed": cfg.seed, **versions(), "status": "running"}
+    write_json(run.dir / "manifest.json", manifest)
+    module, _, name = cfg.phase.run.rpartition(".")
+    try:
+        result = getattr(import_module(module), name)(run)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        write_json(run.dir / "manifest.json", {**manifest, "status": status, "error": str(error)})
+        raise
+    write_json(run.dir / "manifest.json", {**manifest, "status": "done", "result": result})
+    run.say(f"[dim]run folder: {run.dir}[/dim]")
+    return result.get("objective")
+
+
+def console() -> Console:
+    """The terminal, or 110 columns where the output goes into a file: tables stay readable."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
+
+
+def versions() -> dict[str, Any]:
+    """Code, libraries and machine, for manifests."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    packages = {name: metadata.version(name) for name in ("torch", "lightning", "hydra-core", "tiktoken")}
+    return {
+        "nano_think": __version__,
+        "commit": commit or None,
+        "python": sys.version.split()[0],
+        "packages": packages,
+        "machine": f"{platform.machine()}, {_processor()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def _name(override: str) -> str:
+    """The key of an override, without Hydra's marks."""
+    return override.lstrip("+~").split("=")[0]
+
+
+def _of_other_expert(override: str, expert: str | None) -> bool:
+    """Whether an override speaks of one expert while the command makes another."""
+    group, _, rest = _name(override).partition(".")
+    single = expert not in (None, "all")
+    return single and group in ("experts", "training", "per_size") and rest.split(".")[0] != expert
+
+
+def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of nested mappings as dotted keys."""
+    leaves: list[tuple[str, Any]] = []
+    for key, value in (node or {}).items():
+        path = f"{prefix}{key}"
+        leaves += _flat(value, f"{path}.") if isinstance(value, dict) else [(path, value)]
+    return leaves

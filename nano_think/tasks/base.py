@@ -1,0 +1,96 @@
+"""What all training objectives share: optimizer and schedule, exact averaging, per-domain metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nano_think.metrics.domain_loss import DomainLoss
+from nano_think.ops.layout import Layout
+
+Batch = Mapping[str, Tensor]
+OptimizerFactory = Callable[[nn.Module], Optimizer]
+ScheduleFactory = Callable[..., LRScheduler]
+
+
+class FitTask(L.LightningModule):
+    """Base of the objectives; a subclass says what the loss of a batch is.
+
+    network: the module whose trainable parameters are optimised and saved.
+    optimizer, schedule: factories; the schedule receives the optimizer and the planned number of steps.
+    domains, byte_lengths (V,): for loss, perplexity and bits per byte of each domain.
+
+    The loss of an optimizer step is the mean over all valid labels of all its micro-batches, not the mean of
+    their means: every micro-batch contributes its sum over a constant, and the gradient is rescaled once the
+    number of labels is known. Four batches of 16 rows thus give the gradient of one of 64.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory,
+        domains: Sequence[str],
+        byte_lengths: Tensor,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.make_optimizer, self.make_schedule = optimizer, schedule
+        self.domains = list(domains)
+        self.val_loss = DomainLoss(self.domains, byte_lengths)
+        self._pending_labels = 0
+
+    def batch_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over valid labels by name; `loss` is the one that is minimised."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Scaled sum of the batch, see the class docstring."""
+        sums = self.batch_loss(batch)
+        labels = int((batch["labels"] != -100).sum())
+        self._pending_labels += labels
+        means = {f"train/{name}": value.detach() / max(labels, 1) for name, value in sums.items()}
+        self.log("train/loss", means.pop("train/loss"), prog_bar=True)
+        if means:
+            self.log_dict(means)
+        return sums["loss"] / batch["labels"].numel()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn the scaled sums of all micro-batches into the mean over their labels."""
+        constant = self.rows_times_length * self.trainer.accumulate_grad_batches
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(constant / max(self._pending_labels, 1))
+        self._pending_labels = 0
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Remember the constant that `training_step` divides by."""
+        self.rows_times_length = batch["labels"].numel()
+
+    def validate_tokens(self, nll: Tensor, batch: Batch) -> None:
+        """Add per-token losses (B, L) in nats to the validation metrics."""
+        self.val_loss.update(nll, batch["labels"], batch["domain"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and bits per byte, overall and per domain, as exact sums over the split."""
+        values = {f"val/{name}": value for name, value in self.val_loss.compute().items()}
+        self.val_loss.reset()
+        self.log("val/loss", values.pop("val/loss").float(), prog_bar=True)
+        self.log_dict({name: value.float() for name, value in values.items()})
+
+    def configure_optimizers(self) -> Any:
+        """The factories' optimizer and schedule; the schedule moves once an optimizer step."""
+        optimizer = self.make_optimizer(self.network)
+        schedule = self.make_schedule(optimizer, total_steps=max(1, self.trainer.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @staticmethod
+    def layout(batch: Batch) -> Layout:
+        """Document structure of a batch."""
+        return Layout(batch["positions"], batch["segments"])

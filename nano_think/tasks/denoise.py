@@ -1,0 +1,136 @@
+"""Denoising: the objective of the diffuser expert (phase 6b), on targets of the frozen Transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nano_think.metrics.denoising import DenoisingError
+from nano_think.model import ExpertLM
+from nano_think.ops.cross_entropy import linear_cross_entropy
+from nano_think.ops.diffusion import sample_timesteps
+from nano_think.tasks.base import Batch, FitTask, OptimizerFactory, ScheduleFactory
+
+NUM_BUCKETS = 10
+
+
+class DenoiseTask(FitTask):
+    """Squared error of x0 plus cross-entropy of its read-out, design equation L_D.
+
+    network: `ExpertLM` of the diffuser over the frozen table. teacher: the frozen `ExpertLM` whose hidden
+    states are the targets; it is no submodule, so it is neither saved nor trained.
+    mse_weight, ce_weight: of the two terms; ce_weight=0 is the plan's literal recipe. time_sampler: see
+    `sample_timesteps`. seed: of the noise, which depends on (seed, epoch, batch) alone.
+    """
+
+    def __init__(
+        self,
+        network: ExpertLM,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory,
+        domains: Sequence[str],
+        byte_lengths: Tensor,
+        teacher: ExpertLM,
+        mse_weight: float = 1.0,
+        ce_weight: float = 1.0,
+        time_sampler: str = "uniform",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(network, optimizer, schedule, domains, byte_lengths)
+        self._frozen = (teacher.eval().requires_grad_(False),)
+        self.mse_weight, self.ce_weight = mse_weight, ce_weight
+        self.time_sampler, self.seed = time_sampler, seed
+        train_T, d_model = network.expert.schedule.train_T, network.expert.d_model
+        self.val_error = DenoisingError(NUM_BUCKETS, train_T, d_model)
+        self.val_error_pure_noise = DenoisingError(1, train_T, d_model)
+
+    def setup(self, stage: str) -> None:
+        """Put the teacher where the network is."""
+        self._frozen[0].to(self.device)
+
+    def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the diffuser restores, (B, L, d_model), and where it is defined, (B, L) bool."""
+        return denoising_targets(self.network, self._frozen[0], batch)
+
+    def batch_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over valid labels of the loss and its two parts."""
+        expert, generator = self.network.expert, self._generator(self.trainer.current_epoch, self._batch_idx)
+        target, valid = self.targets(batch)
+        x0 = expert.standardise(target)
+        tau = sample_timesteps(tuple(valid.shape), expert.schedule.train_T, generator, self.time_sampler)
+        x0_hat = self._denoise(batch, x0, tau.to(x0.device), generator)
+        sums = {"mse": ((x0_hat - x0).square().mean(-1) * valid).sum()}
+        sums["loss"] = self.mse_weight * sums["mse"]
+        if self.ce_weight:
+            sums["cross_entropy"] = linear_cross_entropy(
+                expert.readout(x0_hat), self.network.embedding.weight, batch["labels"]
+            ).sum()
+            sums["loss"] = sums["loss"] + self.ce_weight * sums["cross_entropy"]
+        return sums
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """As in the base class, with the batch number as the seed of the noise."""
+        self._batch_idx = batch_idx
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Sampled read-out as a language model, and x0 error by noise level with noise fixed per batch."""
+        nll = self.network.token_nll(batch["tokens"], batch["labels"], self.layout(batch))
+        self.validate_tokens(nll, batch)
+        expert, generator = self.network.expert, self._generator(-1, batch_idx)
+        target, valid = self.targets(batch)
+        x0 = expert.standardise(target)
+        train_T = expert.schedule.train_T
+        tau = torch.randint(1, train_T + 1, tuple(valid.shape), generator=generator).to(x0.device)
+        self.val_error.update(self._denoise(batch, x0, tau, generator), x0, tau, valid)
+        pure = torch.full_like(tau, train_T)
+        self.val_error_pure_noise.update(self._denoise(batch, x0, pure, generator), x0, pure, valid)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the language-model metrics and the errors by noise bucket."""
+        super().on_validation_epoch_end()
+        values = {f"val/{name}": value for name, value in self.val_error.compute().items()}
+        values["val/mse_relative_pure_noise"] = self.val_error_pure_noise.compute()["mse_relative"]
+        self.val_error.reset()
+        self.val_error_pure_noise.reset()
+        self.log_dict({name: value.float() for name, value in values.items()})
+
+    def _denoise(self, batch: Batch, x0: Tensor, tau: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        expert = self.network.expert
+        x_tau = expert.schedule.add_noise(x0, noise, tau)
+        return expert.denoise(x_tau, tau, self.network.embedding(batch["tokens"]), self.layout(batch))
+
+    def _generator(self, epoch: int, batch_idx: int) -> torch.Generator:
+        """Noise of one batch: a pure function of seed, epoch (-1 for validation) and batch number."""
+        return torch.Generator().manual_seed(((self.seed * 10_007 + epoch + 1) << 32) + batch_idx)
+
+
+@torch.no_grad()
+def denoising_targets(network: ExpertLM, teacher: ExpertLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Target vectors (B, L, d_model) of `network.expert.target` and the mask (B, L) of positions that have one."""
+    labels = batch["labels"]
+    valid = labels != -100
+    kind = network.expert.target
+    if kind == "next_embed":
+        return network.embedding(labels.clamp_min(0)), valid
+    hidden = teacher(batch["tokens"], FitTask.layout(batch), with_logits=False).hidden
+    if kind == "hidden_next":
+        follows = torch.zeros_like(valid)
+        follows[:, :-1] = batch["segments"][:, 1:] == batch["segments"][:, :-1]
+        return hidden.roll(-1, dims=1), valid & follows
+    return hidden, valid
+
+
+def fit_target_statistics(network: ExpertLM, teacher: ExpertLM, batches: Iterable[Any]) -> None:
+    """Freeze mean and deviation of the targets on training batches."""
+
+    def parts() -> Iterator[Tensor]:
+        for batch in batches:
+            target, valid = denoising_targets(network, teacher, batch)
+            yield target[valid]
+
+    network.expert.fit_statistics(parts())

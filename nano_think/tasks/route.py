@@ -1,0 +1,126 @@
+"""Routing: the fused model over frozen experts (phase 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nano_think.metrics.routing import RoutingStats, entropy
+from nano_think.model import NanoThink
+from nano_think.optim.anchor import AnchoredDecay
+from nano_think.tasks.base import Batch, FitTask, OptimizerFactory, ScheduleFactory
+
+# What each stage trains, as prefixes of parameter names. Experts are in none of them.
+TRAINABLE = {
+    "7b": ("router.", "expert_gain"),
+    "7c": ("router.", "expert_gain", "embedding.", "mla."),
+    "7d": ("router.", "expert_gain", "embedding.", "mla."),
+}
+MEMORY_PART = ".slots."
+
+SlotSource = Callable[[Batch], object]
+
+
+class RouteTask(FitTask):
+    """Cross-entropy of the fused output, plus optional entropy terms of the routing weights.
+
+    network: a `NanoThink`. stage: 7b (router), 7c (and table, MLA), 7d (and memory).
+    anchor: pull of the table back to its value at the start (L2-SP), the only decay it has.
+    entropy_token: weight of mean_t H(w_t); positive sharpens every token's choice.
+    entropy_mean: weight of -H(mean_t w_t); positive spreads the average use of experts.
+    slots: memory of a batch (7d); memory_dropout: share of training rows that go without it.
+    """
+
+    def __init__(
+        self,
+        network: NanoThink,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory,
+        domains: Sequence[str],
+        byte_lengths: Tensor,
+        stage: str = "7c",
+        anchor: float = 1e-3,
+        entropy_token: float = 0.0,
+        entropy_mean: float = 0.0,
+        slots: SlotSource | None = None,
+        memory_dropout: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(network, optimizer, schedule, domains, byte_lengths)
+        if network.router.pool == "sequence":
+            raise ValueError("router.pool=sequence sees future tokens: it is for analysis, not for training")
+        self.stage, self.anchor, self.slots = stage, anchor, slots
+        self.entropy_token, self.entropy_mean = entropy_token, entropy_mean
+        self.memory_dropout, self.seed = memory_dropout, seed
+        self.val_routing = RoutingStats(list(network.experts), self.domains)
+        network.freeze_experts()
+        set_trainable(network, stage)
+        # Taken now: a resumed run loads later weights afterwards, and must still pull to this start. In a
+        # tuple, so that it is no part of the module's state.
+        self._reference = (network.embedding.weight.detach().clone(),)
+
+    def batch_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over valid labels: cross-entropy, the entropies that were asked for, and the loss."""
+        nll, weights = self._forward(batch, self._slots(batch, self.memory_dropout))
+        valid = batch["labels"] != -100
+        sums = {"cross_entropy": nll.sum(), "loss": nll.sum()}
+        chosen = weights[valid]
+        if self.entropy_token:
+            sums["entropy_token"] = entropy(chosen).sum()
+            sums["loss"] = sums["loss"] + self.entropy_token * sums["entropy_token"]
+        if self.entropy_mean:
+            sums["entropy_mean"] = entropy(chosen.mean(0)) * len(chosen)
+            sums["loss"] = sums["loss"] - self.entropy_mean * sums["entropy_mean"]
+        return sums
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect losses and routing statistics; memory is always on where there is one."""
+        nll, weights = self._forward(batch, self._slots(batch, 0.0))
+        self.validate_tokens(nll, batch)
+        self.val_routing.update(weights, batch["domain"], batch["positions"], batch["labels"] != -100)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the language-model metrics and the routing statistics."""
+        super().on_validation_epoch_end()
+        self.log_dict({name: value.float() for name, value in self.val_routing.compute().items()})
+        self.val_routing.reset()
+
+    def configure_optimizers(self) -> object:
+        """The base class's, with the table anchored to where it starts."""
+        configured = super().configure_optimizers()
+        table = self.network.embedding.weight
+        if table.requires_grad and self.anchor:
+            AnchoredDecay(table, self._reference[0], self.anchor).attach(configured["optimizer"])
+        return configured
+
+    def _forward(self, batch: Batch, memory: object) -> tuple[Tensor, Tensor]:
+        output = self.network(batch["tokens"], self.layout(batch), memory, with_logits=False)
+        return self.network.nll(output, batch["labels"]), output.weights
+
+    def _slots(self, batch: Batch, dropout: float) -> object:
+        if self.slots is None:
+            return None
+        memory = self.slots(batch)
+        if memory is None or not dropout:
+            return memory
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.trainer.fit_loop.total_batch_idx)
+        keep = torch.rand(len(batch["tokens"]), generator=generator) >= dropout
+        return memory.dropped(keep.to(batch["tokens"].device))
+
+
+def set_trainable(model: NanoThink, stage: str) -> list[str]:
+    """Let exactly the declared set of `stage` receive gradients; returns the names.
+
+    Raises ValueError for a stage without training (7a is a convex fit).
+    """
+    if stage not in TRAINABLE:
+        raise ValueError(f"stage {stage} trains nothing; choose from {', '.join(TRAINABLE)}")
+    names = []
+    for name, parameter in model.named_parameters():
+        trained = name.startswith(TRAINABLE[stage]) and (stage == "7d" or MEMORY_PART not in name)
+        parameter.requires_grad_(trained)
+        if trained:
+            names.append(name)
+    return names

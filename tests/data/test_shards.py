@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nano_think.data.corpus import Corpus, Record
+from nano_think.data.shards import SPLITS, Shards, build_shards
+from nano_think.errors import UserError
+from nano_think.tokenizer import Tokenizer, train_bpe
+
+TEXTS = {
+    "expert_train": {"code": ["x = 1\n", "", "naïve ☕"], "prose": ["one"]},
+    "validation": {"code": ["y"], "prose": ["two", "three"]},
+    "test": {"prose": ["four"]},
+}
+
+
+def test_streams_hold_every_document_between_bos_and_eos(make_shards, byte_tokenizer) -> None:
+    shards = make_shards(TEXTS)
+    assert shards.domains == ["code", "prose"]
+    for split in SPLITS:
+        for domain in shards.domains:
+            expected = []
+            for text in TEXTS.get(split, {}).get(domain, []):
+                expected += [byte_tokenizer.bos_id, *text.encode(), byte_tokenizer.eos_id]
+            stream = shards.tokens(split, domain)
+            assert stream.tolist() == expected
+            assert stream.dtype == np.uint16
+            assert shards.num_tokens(split, domain) == len(expected)
+    assert shards.num_tokens("validation") == 3 + 5 + 7
+
+
+def test_document_table_finds_each_document_and_its_record(make_shards, write_corpus) -> None:
+    shards = make_shards(TEXTS)
+    docs = shards.docs("expert_train", "code")
+    assert len(docs) == 3
+    for index, text in enumerate(TEXTS["expert_train"]["code"]):
+        start, length = int(docs.start[index]), int(docs.length[index])
+        piece = shards.tokens("expert_train", "code")[start : start + length]
+        assert bytes(piece[1:-1].astype(np.uint8)).decode() == text
+        assert docs.num_bytes[index] == len(text.encode())
+        assert (docs.uid[index], docs.cluster[index]) == (index + 1, index + 1001)
+        line = shards.source_record("expert_train", "code", index)
+        path = shards.directory.parent / "corpus" / "expert_train" / "code.jsonl"
+        assert json.loads(path.read_text().splitlines()[line])["text"] == text
+    assert len(shards.docs("test", "code")) == 0
+
+
+def test_manifest_counts(make_shards, byte_tokenizer) -> None:
+    manifest = make_shards(TEXTS).manifest
+    assert manifest["splits"]["expert_train"]["code"] == {"documents": 3, "tokens": 22, "bytes": 16}
+    assert manifest["splits"]["fusion_train"]["prose"] == {"documents": 0, "tokens": 0, "bytes": 0}
+    assert manifest["tokenizer_hash"] == byte_tokenizer.hash
+    assert manifest["corpus_hash"] == "hash of corpus"
+    assert (manifest["vocab_size"], manifest["pad_id"]) == (259, 258)
+
+
+def test_wide_vocabularies_take_four_bytes(write_corpus, byte_tokenizer, tmp_path) -> None:
+    pairs = [bytes([a, b]) for a in range(256) for b in range(256)][: (1 << 16) - 200]
+    ranks = {token: rank for rank, token in enumerate([bytes([v]) for v in range(256)] + pairs)}
+    wide = Tokenizer(ranks, byte_tokenizer.pattern)
+    shards = build_shards(write_corpus(TEXTS), wide, tmp_path / "wide")
+    stream = shards.tokens("expert_train", "prose")
+    assert stream.dtype == np.uint32
+    assert stream[0] == wide.bos_id > np.iinfo(np.uint16).max
+
+
+def test_finished_shards_are_kept_and_not_built_again(write_corpus, byte_tokenizer, tmp_path) -> None:
+    corpus = write_corpus(TEXTS)
+    counted: list[int] = []
+    build_shards(corpus, byte_tokenizer, tmp_path / "out", progress=counted.append)
+    assert sum(counted) == 8
+    build_shards(corpus, byte_tokenizer, tmp_path / "out", progress=counted.append)
+    assert sum(counted) == 8
+
+
+def test_another_tokenizer_is_refused(write_corpus, byte_tokenizer, tmp_path) -> None:
+    corpus, other = write_corpus(TEXTS), train_bpe(["abab"], 260)
+    shards = build_shards(corpus, byte_tokenizer, tmp_path / "out")
+    with pytest.raises(UserError, match="were made by tokenizer"):
+        build_shards(corpus, other, tmp_path / "out")
+    with pytest.raises(UserError, match="were made by tokenizer"):
+        shards.check_tokenizer(other.hash)
+
+
+def test_a_failure_leaves_nothing_behind(byte_tokenizer, tmp_path) -> None:
+    def documents(split: str, domain: str):
+        yield Record(1, 1, "good", domain, "hand", "1")
+        raise ValueError("broken record")
+
+    corpus = SimpleNamespace(domains=["a"], manifest={"hash": "h"}, documents=documents)
+    with pytest.raises(ValueError, match="broken record"):
+        build_shards(corpus, byte_tokenizer, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_shards_and_unknown_names_are_explained(make_shards, tmp_path) -> None:
+    with pytest.raises(UserError, match="no token shards in"):
+        Shards(tmp_path)
+    shards = make_shards(TEXTS)
+    with pytest.raises(UserError, match="no shard expert_train/poetry"):
+        shards.tokens("expert_train", "poetry")
+    with pytest.raises(UserError, match="no shard train/code"):
+        shards.docs("train", "code")
+
+
+def _build(corpus_path: str, out: str, barrier) -> None:
+    barrier.wait()
+    build_shards(Corpus(corpus_path), train_bpe(["x"], 259), out, num_threads=1)
+
+
+def test_two_processes_may_build_the_same_shards(write_corpus, tmp_path) -> None:
+    corpus = write_corpus({"expert_train": {"a": ["some text"] * 2000}})
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    jobs = [context.Process(target=_build, args=(corpus.path, tmp_path / "out", barrier)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert Shards(tmp_path / "out").num_tokens("expert_train") == 2000 * 11
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
+
+
+def test_memory_does_not_grow_with_the_corpus(byte_tokenizer, tmp_path) -> None:
+    def peak(count: int) -> int:
+        def documents(split: str, domain: str):
+            total = count if split == "expert_train" else 0
+            return (Record(i, i, "word " * 400, domain, "hand", str(i)) for i in range(total))
+
+        corpus = SimpleNamespace(domains=["a"], manifest={"hash": "h"}, documents=documents)
+        tracemalloc.start()
+        build_shards(corpus, byte_tokenizer, tmp_path / str(count), num_threads=1)
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    small, large = peak(768), peak(3072)
+    assert large < 1.25 * small

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import torch
+
+from nano_think.nn.ffn import SwiGLU
+
+
+def test_equals_the_formula(randomise) -> None:
+    ffn = randomise(SwiGLU(6, 10)).double()
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gate, up = x @ ffn.gate_proj.weight.T, x @ ffn.up_proj.weight.T
+    expected = (gate / (1 + (-gate).exp()) * up) @ ffn.down_proj.weight.T
+    torch.testing.assert_close(ffn(x), expected)
+
+
+def test_three_matrices_without_bias() -> None:
+    shapes = {name: tuple(p.shape) for name, p in SwiGLU(384, 1536).named_parameters()}
+    assert shapes == {
+        "gate_proj.weight": (1536, 384),
+        "up_proj.weight": (1536, 384),
+        "down_proj.weight": (384, 1536),
+    }
+
+
+def test_positions_do_not_mix(randomise) -> None:
+    ffn = randomise(SwiGLU(6, 10))
+    x = torch.randn(1, 5, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ffn(x)[:, 2:3], ffn(x[:, 2:3]))

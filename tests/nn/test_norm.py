@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from nano_think.nn.norm import RMSNorm
+
+
+def test_equals_the_formula_in_fp64(randomise) -> None:
+    norm = randomise(RMSNorm(7, eps=1e-3))
+    x = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    wide = x.double()
+    expected = wide / (wide.pow(2).sum(-1, keepdim=True) / 7 + 1e-3).sqrt() * norm.weight.double()
+    torch.testing.assert_close(norm(x).double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_hugging_face_llama_with_gradients(randomise, dtype) -> None:
+    ours = randomise(RMSNorm(16)).to(dtype)
+    theirs = LlamaRMSNorm(16, eps=1e-6).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    one = (3 * torch.randn(4, 16, generator=torch.Generator().manual_seed(1))).to(dtype).requires_grad_()
+    two = one.detach().clone().requires_grad_()
+    out, expected = ours(one), theirs(two)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected)
+    out.float().pow(3).sum().backward()
+    expected.float().pow(3).sum().backward()
+    torch.testing.assert_close(one.grad, two.grad)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+def test_gain_starts_at_one_and_can_be_left_out() -> None:
+    assert torch.equal(RMSNorm(5).weight, torch.ones(5))
+    assert not list(RMSNorm(5, gain=False).parameters())
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(RMSNorm(5)(x), RMSNorm(5, gain=False)(x))
+
+
+def test_scale_of_the_input_does_not_matter_also_where_squares_overflow() -> None:
+    norm = RMSNorm(8)
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(norm(1000 * x), norm(x), atol=1e-5, rtol=0)
+    half = (300 * x).half()
+    assert torch.isinf((half * half).sum())
+    torch.testing.assert_close(norm(half).float(), norm(x), atol=2e-3, rtol=0)
+
+
+def test_zeros_stay_zeros_with_finite_gradients() -> None:
+    x = torch.zeros(2, 8, requires_grad=True)
+    out = RMSNorm(8)(x)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros(2, 8))
+    assert x.grad.isfinite().all()

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nano_think.ops.attention import attention, attention_reference, offset_causal_mask
+
+
+def inputs(queries: int, keys: int, heads: int = 4, groups: int = 4, dtype=torch.float64) -> list[Tensor]:
+    """q, k, v with head_dim 8 and value width 6."""
+    generator = torch.Generator().manual_seed(queries * 100 + keys)
+    shapes = [(2, heads, queries, 8), (2, groups, keys, 8), (2, groups, keys, 6)]
+    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def random_mask(queries: int, keys: int) -> Tensor:
+    """(2, 1, queries, keys) with at least one visible key a query, also under the causal mask."""
+    mask = torch.rand(2, 1, queries, keys, generator=torch.Generator().manual_seed(9)) < 0.5
+    mask[..., 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (1, 9), (3, 9), (8, 9)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_fast_path_equals_the_formula_with_gradients(groups, queries, keys, causal, masked) -> None:
+    mask = random_mask(queries, keys) if masked else None
+    fast, slow = inputs(queries, keys, groups=groups), inputs(queries, keys, groups=groups)
+    out = attention(*fast, mask=mask, causal=causal)
+    expected = attention_reference(*slow, mask=mask, causal=causal)
+    assert out.shape == (2, 4, queries, 6)
+    torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for one, two in zip(fast, slow, strict=True):
+        torch.testing.assert_close(one.grad, two.grad, atol=1e-10, rtol=0)
+
+
+def test_formula_equals_plain_loops() -> None:
+    q, k, v = (x.detach() for x in inputs(3, 5, heads=4, groups=2))
+    mask = random_mask(3, 5)
+    out = attention_reference(q, k, v, mask=mask, causal=True)
+    for b in range(2):
+        for h in range(4):
+            for i in range(3):
+                keys = [j for j in range(5) if j <= i + 2 and mask[b, 0, i, j]]
+                scores = [math.exp(float(q[b, h, i] @ k[b, h // 2, j]) / math.sqrt(8)) for j in keys]
+                mixed = sum(s * v[b, h // 2, j] for s, j in zip(scores, keys, strict=True)) / sum(scores)
+                torch.testing.assert_close(out[b, h, i], mixed)
+
+
+def test_offset_mask_lines_up_the_ends() -> None:
+    assert offset_causal_mask(2, 4, torch.device("cpu")).tolist() == [
+        [True, True, True, False],
+        [True, True, True, True],
+    ]
+
+
+def test_causal_queries_in_pieces_equal_the_whole() -> None:
+    q, k, v = (x.detach() for x in inputs(9, 9))
+    whole = attention(q, k, v, causal=True)
+    pieces = [
+        attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal=True) for a, b in [(0, 1), (1, 5), (5, 9)]
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=1e-12, rtol=0)
+
+
+def test_single_precision_agrees_to_single_precision() -> None:
+    q, k, v = inputs(64, 64, dtype=torch.float32)
+    torch.testing.assert_close(
+        attention(q, k, v, causal=True), attention_reference(q, k, v, causal=True), atol=1e-5, rtol=0
+    )

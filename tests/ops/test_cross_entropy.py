@@ -1,0 +1,75 @@
+"""Chunked cross-entropy against the plain formula, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nano_think.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+
+def problem(rows: int = 3, length: int = 7, d: int = 5, vocab: int = 11):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, length, d, generator=generator, requires_grad=True)
+    weight = torch.randn(vocab, d, generator=generator, requires_grad=True)
+    labels = torch.randint(vocab, (rows, length), generator=generator)
+    labels[0, 2] = labels[2, 4:] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 17, 2048])
+def test_values_and_gradients_equal_the_reference(chunk):
+    hidden, weight, labels = problem()
+    scale = torch.linspace(0.5, 2.0, labels.numel()).view(labels.shape)
+    mine = linear_cross_entropy(hidden, weight, labels, chunk)
+    reference = linear_cross_entropy_reference(hidden, weight, labels)
+    torch.testing.assert_close(mine, reference)
+    got = torch.autograd.grad((mine * scale).sum(), (hidden, weight))
+    want = torch.autograd.grad((reference * scale).sum(), (hidden, weight))
+    torch.testing.assert_close(got, want)
+
+
+def test_reference_is_the_definition():
+    hidden, weight, labels = problem()
+    probability = (hidden @ weight.T).softmax(-1)
+    nll = linear_cross_entropy_reference(hidden, weight, labels)
+    assert nll[1, 3].item() == pytest.approx(-probability[1, 3, labels[1, 3]].log().item(), rel=1e-5)
+    assert (nll[labels == -100] == 0).all()
+
+
+def test_without_any_label_the_loss_is_zero_and_differentiable():
+    hidden, weight, labels = problem()
+    nll = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    assert nll.shape == labels.shape
+    assert (nll == 0).all()
+    (gradient,) = torch.autograd.grad(nll.sum(), hidden)
+    assert (gradient == 0).all()
+
+
+def test_flat_tokens_and_bf16_hidden_give_fp32():
+    hidden, weight, labels = problem()
+    nll = linear_cross_entropy(hidden.detach().bfloat16().flatten(0, 1), weight, labels.flatten(), chunk=4)
+    assert nll.dtype == torch.float32
+    rounded = linear_cross_entropy_reference(hidden.detach().bfloat16().float(), weight, labels)
+    torch.testing.assert_close(nll.view(labels.shape), rounded)
+
+
+def test_no_tensor_of_all_logits_is_saved():
+    """Forward and backward of 64 tokens in chunks of 8 never save or make a matrix of more than 8 x V."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(64, 4, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 4, generator=generator, requires_grad=True)
+    labels = torch.randint(50, (64,), generator=generator)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        linear_cross_entropy(hidden, weight, labels, chunk=8).sum().backward()
+    assert largest == 8 * 50

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nano_think.ops import scan_cpp
+from nano_think.ops.scan_cpp import BuildError, CppScan, build, find_compiler
+
+try:
+    find_compiler()
+    CppScan()
+except BuildError as error:
+    pytest.skip(f"compiled scan not available: {error}", allow_module_level=True)
+
+
+def test_builds_once_a_folder(tmp_path: Path) -> None:
+    path = build(tmp_path)
+    before = path.stat().st_mtime_ns
+    assert build(tmp_path) == path
+    assert path.stat().st_mtime_ns == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_build_into_one_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=build, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert ctypes.CDLL(str(build(tmp_path))).scan_chunk() > 0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_source_gets_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(tmp_path)
+    copy = tmp_path / "selective_scan.cpp"
+    copy.write_text(scan_cpp.SOURCE.read_text() + "// changed\n")
+    monkeypatch.setattr(scan_cpp, "SOURCE", copy)
+    assert build(tmp_path) != first
+
+
+def test_a_build_failure_names_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("this is no C++;\n")
+    monkeypatch.setattr(scan_cpp, "SOURCE", broken)
+    with pytest.raises(BuildError, match="failed"):
+        build(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_missing_compiler_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(BuildError, match="install g\\+\\+ or set CXX"):
+        build(tmp_path)
+
+
+def test_a_compiler_without_openmp_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = tmp_path / "cxx"
+    wrapper.write_text(
+        f'#!/bin/sh\ncase "$*" in *-fopenmp*) echo no OpenMP >&2; exit 1;; esac\nexec {find_compiler()} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    assert build(tmp_path / "cache").exists()
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert scan_cpp.cache_folder() == tmp_path / "nano_think"
+
+
+def random_arguments(batch: int, length: int, d: int, n: int) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    x, dt = torch.randn(batch, length, d, generator=g), torch.rand(batch, length, d, generator=g)
+    B, C = torch.randn(batch, length, n, generator=g), torch.randn(batch, length, n, generator=g)
+    starts = torch.rand(batch, length, generator=g) < 0.1
+    return x, dt, -torch.rand(d, n, generator=g), B, C, torch.randn(d, generator=g), starts
+
+
+def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, arguments = CppScan(), random_arguments(2, 40, 300, 16)
+    state = torch.zeros(2, 300, 16)
+    results = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr(scan_cpp, "threads", lambda count=count: count)
+        y, last, borders = kernel.forward(*arguments, state, keep=True)
+        results.append([y, last, *kernel.backward(*arguments, borders, y, last)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_threads_follow_torch() -> None:
+    assert scan_cpp.threads() == torch.get_num_threads()
+
+
+def test_decays_are_accurate_over_the_whole_range() -> None:
+    exponents = -torch.logspace(-8, 1.9, 20_000, dtype=torch.float64).float()
+    dt = -exponents.view(-1, 1, 1)  # one position a row
+    zeros, ones, A, D = torch.zeros_like(dt), torch.ones_like(dt), -torch.ones(1, 1), torch.zeros(1)
+    y, _, _ = CppScan().forward(zeros, dt, A, zeros, ones, D, None, state=ones, keep=False)
+    exact = exponents.double().exp()
+    # dt A log2(e) is rounded to fp32 before the exponential: half an ulp of the exponent for each product.
+    bound = 2e-7 + 1.2e-7 * exponents.double().abs()
+    assert ((y.double().view(-1) - exact).abs() <= bound * exact).all()
+
+
+def test_forward_alone_keeps_nothing() -> None:
+    _, _, borders = CppScan().forward(*random_arguments(1, 20, 16, 16), torch.zeros(1, 16, 16), keep=False)
+    assert borders is None

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nano_think import files
+
+
+def refuse(*_: object) -> None:
+    raise OSError("disk gone")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_text_and_bytes_into_new_folders(tmp_path) -> None:
+    target = tmp_path / "a" / "b.txt"
+    files.atomic_write(target, "é\n")
+    assert target.read_bytes() == "é\n".encode()
+    files.atomic_write(str(target), b"\x00\xff")
+    assert target.read_bytes() == b"\x00\xff"
+    assert names(target.parent) == ["b.txt"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_failure_at_any_step_keeps_the_old_file_and_leaves_nothing_else(tmp_path, monkeypatch, step) -> None:
+    target = tmp_path / "x"
+    files.atomic_write(target, "old")
+    monkeypatch.setattr(os, step, refuse)
+    with pytest.raises(OSError, match="disk gone"):
+        files.atomic_write(target, "new")
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["x"]
+
+
+def run_and_die(folder: Path, step: str, code: str) -> None:
+    """Run `code` in a process that is killed without any clean-up when it calls os.<step>."""
+    script = f"import os\nfrom nano_think import files\nos.{step} = lambda *a: os._exit(9)\n{code}"
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env={**os.environ, "PYTHONPATH": ROOT}
+    )
+    assert result.returncode == 9
+
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_killed_process_leaves_the_old_file(tmp_path, step) -> None:
+    files.atomic_write(tmp_path / "x", "old")
+    run_and_die(tmp_path, step, "files.atomic_write('x', 'new' * 1000)")
+    assert (tmp_path / "x").read_text() == "old"
+
+
+@pytest.mark.parametrize("step", ["fsync", "rename"])
+def test_killed_process_leaves_no_folder(tmp_path, step) -> None:
+    code = "with files.atomic_dir('d') as new: (new / 'x').write_text('half')"
+    run_and_die(tmp_path, step, code)
+    assert not (tmp_path / "d").exists()
+    with files.atomic_dir(tmp_path / "d") as new:
+        (new / "x").write_text("whole")
+    assert (tmp_path / "d" / "x").read_text() == "whole"
+
+
+def test_folder_appears_complete_or_not_at_all(tmp_path) -> None:
+    target = tmp_path / "deep" / "d"
+    with files.atomic_dir(target) as new:
+        (new / "sub").mkdir()
+        (new / "sub" / "x").write_text("1")
+        assert not target.exists()
+    assert (target / "sub" / "x").read_text() == "1"
+    assert names(target.parent) == ["d"]
+
+
+def test_folder_whose_block_fails_never_appears(tmp_path) -> None:
+    def build() -> None:
+        with files.atomic_dir(tmp_path / "e") as new:
+            (new / "x").write_text("1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert names(tmp_path) == []
+
+
+def test_folder_that_cannot_be_renamed_raises_and_leaves_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="disk gone"), files.atomic_dir(tmp_path / "d") as new:
+        (new / "x").write_text("1")
+    assert names(tmp_path) == []
+
+
+def test_first_of_two_builders_of_a_folder_wins(tmp_path) -> None:
+    with files.atomic_dir(tmp_path / "d") as slow:
+        (slow / "x").write_text("slow")
+        with files.atomic_dir(tmp_path / "d") as fast:
+            (fast / "x").write_text("fast")
+    assert (tmp_path / "d" / "x").read_text() == "fast"
+    assert names(tmp_path) == ["d"]
+
+
+def test_builder_whose_work_was_removed_is_told(tmp_path) -> None:
+    with pytest.raises(OSError), files.atomic_dir(tmp_path / "d") as new:
+        shutil.rmtree(new)
+
+
+def test_json_is_readable_text(tmp_path) -> None:
+    value = {"b": [1, 2.5], "a": "é"}
+    files.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == value
+    assert text.index('"b"') < text.index('"a"')
+    assert "é" in text
+    assert text.endswith("}\n")
+
+
+def test_hashes_see_borders_and_content_but_not_key_order(tmp_path) -> None:
+    assert files.hash_bytes(b"ab", b"c") != files.hash_bytes(b"a", b"bc")
+    assert files.hash_bytes(b"") != files.hash_bytes()
+    assert files.hash_json({"a": 1, "b": 2}) == files.hash_json({"b": 2, "a": 1})
+    assert files.hash_json({"a": 1}) != files.hash_json({"a": 2})
+    big = tmp_path / "big"
+    big.write_bytes(bytes(3 << 20))
+    changed = tmp_path / "changed"
+    changed.write_bytes(bytes((3 << 20) - 1) + b"\x01")
+    assert files.hash_file(big) != files.hash_file(changed)
+    assert files.hash_file(big) == files.hash_file(str(big))
+    assert len(files.hash_file(big)) == len(files.hash_bytes(b"x")) == 32
