@@ -8,19 +8,21 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nano_think.errors import UserError
 
-GROUPS = ("phase", "expert", "size", "data", "tokenizer", "model", "optimizer", "schedule", "trainer")
 CHOICES = {
     "stage": ("7a", "7b", "7c", "7d", "all"),
     "resume": ("auto", "never"),
@@ -28,6 +30,13 @@ CHOICES = {
     "gates": ("warn", "stop"),
     "audit": ("require", "mark"),
 }
+# Nodes whose ??? is supplied by the fit.
+SUPPLIED = ("callbacks", "logger")
+# Text that Hydra's grammar must not interpret, and paths that it need not.
+TEXTS = ("prompt",)
+PATHS = ("prompt_file", "ckpt", "data.root", "run.root", "run.dir", "tokenizer.path", "memory.session")
+FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn")
+FLAGS_OF_HYDRA = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
 
 
 @dataclass
@@ -103,28 +112,51 @@ def validate(cfg: DictConfig) -> None:
     for key in ("seed", "expert_seed"):
         if cfg[key] is not None and cfg[key] < 0:
             raise UserError(f"{key} must not be negative")
+    for key in _unset(OmegaConf.to_container(cfg, resolve=False)):
+        if not key.startswith(SUPPLIED):
+            raise UserError(f"{key} has no default: add {key}=... to the command")
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from error
 
 
 def checked_overrides(arguments: list[str], config_dir: Path) -> list[str]:
-    """The command line with each dotted override either known, or turned into `++key=value`.
+    """The command line as Hydra should read it: checked, free text quoted, unstated keys as `++key=value`.
 
     Hydra refuses `a.b=c` for a key that no YAML states. Here the key is looked up in the signature of the
     class its node names: a real keyword is handed on, anything else is an error with the nearest valid name.
+    The result is composed and validated, so that a bad value is found before a run folder exists; of a sweep
+    this holds for the first job.
 
     Raises UserError, in one sentence, for unknown groups, options, keys and broken values.
     """
     flags, overrides = _split(arguments)
-    if any(flag in ("--help", "-h", "--hydra-help", "--version", "--info") for flag in flags):
+    if any(flag in FLAGS_OF_HYDRA for flag in flags):
         return arguments
-    choices = [o for o in overrides if _key(o) in _groups(config_dir)]
+    groups = _groups(config_dir / "conf") | {"experiments"}
+    sweep = "-m" in flags or "--multirun" in flags
+    overrides = [_literal(override, sweep) for override in overrides]
+    choices = [o for o in overrides if _key(o) in groups]
+    for choice in choices:
+        _check_choice(choice, config_dir)
+    cfg = _compose(choices, config_dir)
+    checked = choices + [_checked(o, cfg, groups) for o in overrides if o not in choices]
+    cfg = _compose(checked, config_dir)
+    if "--cfg" not in flags and "-c" not in flags:
+        validate(cfg)
+    return [*flags, *checked]
+
+
+def _compose(overrides: list[str], config_dir: Path) -> DictConfig:
+    """The configuration of the overrides, of a sweep that of the first job; UserError where Hydra objects."""
     register_schema()
     try:
+        first = [_first(override) for override in overrides if not _is_glob(override)]
         with initialize_config_dir(str(config_dir / "conf"), version_base="1.3"):
-            sample = [_first_choice(o) for o in choices if not o.startswith("experiments=glob")]
-            cfg = compose("config", [*sample, f"hydra.searchpath=[file://{config_dir}]"])
-    except HydraException as error:
+            return compose("config", [*first, f"hydra.searchpath=[file://{config_dir}]"])
+    except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
-    return [*flags, *choices, *(_checked(o, cfg, config_dir) for o in overrides if o not in choices)]
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -133,51 +165,79 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     for argument in arguments:
         is_flag = takes_value or argument.startswith("-")
         (flags if is_flag else overrides).append(argument)
-        takes_value = argument in (
-            "--cfg",
-            "-c",
-            "--package",
-            "-p",
-            "--config-dir",
-            "-cd",
-            "--config-name",
-            "-cn",
-        )
+        takes_value = argument in FLAGS_WITH_VALUE
     return flags, overrides
+
+
+def _literal(override: str, sweep: bool) -> str:
+    """Free text in quotes that Hydra's grammar takes as they stand; other overrides unchanged.
+
+    A prompt is never interpreted. A path may hold an interpolation, and in a sweep a list of paths.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not (key in TEXTS or (key in PATHS and not sweep)):
+        return override
+    if key in PATHS and (value == "null" or re.fullmatch(r"[\w.+-]*/[\w./+-]*|(['\"]).*\1", value)):
+        return override
+    if key in TEXTS:
+        value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    value = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", r"\'"), value)
+    return f"{key}='{value}'"
 
 
 def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
 
 
-def _groups(config_dir: Path) -> set[str]:
-    return {path.name for path in (config_dir / "conf").iterdir() if path.is_dir()} | {"experiments"}
+def _groups(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if path.is_dir()}
 
 
-def _first_choice(override: str) -> str:
-    key, _, value = override.partition("=")
-    return f"{key}={value.split(',')[0]}"
+def _is_glob(override: str) -> bool:
+    return "=glob(" in override
 
 
-def _checked(override: str, cfg: DictConfig, config_dir: Path) -> str:
-    if override.startswith(("+", "~")) or "=" not in override:
+def _first(override: str) -> str:
+    """The override of the first job where `override` is a sweep."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
         return override
-    key, _, value = override.partition("=")
-    if key.startswith("hydra."):
+    return f"{override.partition('=')[0]}={next(parsed.sweep_string_iterator())}"
+
+
+def _check_choice(override: str, config_dir: Path) -> None:
+    """Raise UserError, naming the nearest option, where a plain choice of a group does not exist."""
+    group, _, value = override.partition("=")
+    folder = config_dir / ("" if group == "experiments" else "conf") / group
+    if not folder.is_dir() or not re.fullmatch(r"[\w,-]+", value):
+        return
+    options = sorted(path.stem for path in folder.glob("[!_]*.yaml"))
+    for name in value.split(","):
+        if name not in (*options, "null"):
+            hint = _nearest(name, options)
+            raise UserError(f"{group}={name} does not exist, there are {', '.join(options)}{hint}")
+
+
+def _checked(override: str, cfg: DictConfig, groups: set[str]) -> str:
+    """The override with `++` where its key is a keyword that no YAML states."""
+    key, equals, value = override.partition("=")
+    mark, key = key[: len(key) - len(_key(key))], _key(key)
+    if mark == "~" or key.startswith(("hydra.", "hydra/")):
         return override
+    if not equals:
+        raise UserError(f"'{override}' is not a setting: write key=value")
     if key.startswith("prereq."):
-        return f"++{override}"
+        return f"++{key}={value}"
     node, path = cfg, key.split(".")
     for depth, part in enumerate(path):
-        children = _children(node)
-        if part not in children:
-            known = [".".join([*path[:depth], child]) for child in children]
-            if depth == 0:
-                known += sorted(_groups(config_dir))
+        if _may_hold(node, part, adding=bool(mark)):
+            if part not in _stated(node):
+                return f"++{key}={value}"
+        else:
+            known = [".".join([*path[:depth], child]) for child in _children(node)]
+            known += sorted(groups) if depth == 0 else []
             hint = _nearest(key, known) or f" (valid here: {', '.join(sorted(known)[:12])})" * bool(known)
             raise UserError(f"there is no setting '{key}'{hint}")
-        if not OmegaConf.is_dict(node) or part not in node:
-            return f"++{key}={value}"
         try:
             node = node[part]
         except OmegaConfBaseException:
@@ -185,24 +245,55 @@ def _checked(override: str, cfg: DictConfig, config_dir: Path) -> str:
     return override
 
 
+def _may_hold(node: Any, name: str, adding: bool) -> bool:
+    """Whether `name` can stand below a node: as what it has, a keyword of its class, or an explicit `+key`."""
+    if name in _stated(node):
+        return True
+    if not OmegaConf.is_dict(node):
+        return False
+    parameters = _parameters(node)
+    if parameters:
+        return name in _children(node) or any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return adding and node._metadata.object_type in (dict, None)
+
+
+def _stated(node: Any) -> set[str]:
+    """Keys that stand below a node."""
+    return {str(key) for key in node} if OmegaConf.is_dict(node) else set()
+
+
 def _children(node: Any) -> set[str]:
     """Keys that may stand below a node: those it has, and the keywords of the class it names."""
-    if not OmegaConf.is_dict(node):
-        return set()
-    children = {str(key) for key in node}
-    if "_target_" in node:
-        module, _, name = str(node["_target_"]).rpartition(".")
-        signature = inspect.signature(getattr(importlib.import_module(module), name))
-        children |= {key for key in signature.parameters if key != "self"}
-    return children
+    parameters = _parameters(node) if OmegaConf.is_dict(node) else []
+    named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return _stated(node) | named - {"self"}
 
 
-def _nearest(word: str, known: Any) -> str:
+def _parameters(node: DictConfig) -> list[inspect.Parameter]:
+    """The parameters of the class or function that a node names, none where it names nothing."""
+    if "_target_" not in node:
+        return []
+    module, _, name = str(node["_target_"]).rpartition(".")
+    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters.values())
+
+
+def _unset(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys below a plain node that stand as ???."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _unset(value, f"{prefix}{key}.")
+        elif value == MISSING:
+            yield f"{prefix}{key}"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f": did you mean '{matches[0]}'?" if matches else ""
 
 
 def _one_line(error: Exception) -> str:
-    """Hydra's message without its advice on environment variables, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if "HYDRA_FULL_ERROR" not in line)
+    """What Hydra says and why, on one line, without its advice on environment variables."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("Set the environment variable", "full_key:", "object_type="))]
+    return ": ".join(dict.fromkeys(line.rstrip(".:") for line in kept))

@@ -223,7 +223,7 @@ class NanoThink(nn.Module):
         """What the head reads (None for `prob`) and the logits, of hidden states and weights (B, L, N)."""
         if self.fusion == "prob":
             return None, self._linear_pool(expert_hidden, weights)
-        hidden = self._mixed(expert_hidden, weights)
+        hidden = self.mix(expert_hidden, weights)
         return hidden, F.linear(hidden, self.embedding.weight).float()
 
     def _output(
@@ -232,7 +232,7 @@ class NanoThink(nn.Module):
         if with_logits:
             fused, logits = self.fuse(hidden, weights)
             return LMOutput(logits, weights, fused, context, hidden)
-        fused = None if self.fusion == "prob" else self._mixed(hidden, weights)
+        fused = None if self.fusion == "prob" else self.mix(hidden, weights)
         return LMOutput(None, weights, fused, context, hidden)
 
     def _networks(self) -> list[tuple[str, Any]]:
@@ -260,7 +260,7 @@ class NanoThink(nn.Module):
             raise ValueError(f"without {sorted(knock_out)} no expert with a weight is left; keep one")
         return kept / total
 
-    def _mixed(self, expert_hidden: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+    def mix(self, expert_hidden: Mapping[str, Tensor], weights: Tensor) -> Tensor:
         """sum_e w_e s_e o_e. No norm and no bias follow: they would break the geometric pool."""
         scale = weights * self.expert_gain
         terms = [scale[..., i, None] * expert_hidden[name] for i, name in enumerate(self.experts)]

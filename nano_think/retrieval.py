@@ -192,7 +192,7 @@ class Retriever:
             return MemorySlots.none(index, self.k, self.store.d_model, hits)
         valid = placed(found.valid, False)
         fruitless = ~valid.any(-1).gather(1, index.clamp_min(0))
-        return MemorySlots(placed(found.values, 0), valid, index, hits)
+        return MemorySlots(placed(found.values, 0), valid, index.masked_fill(fruitless, -1), hits)
 
     def init_state(self, batch: int, reader: Reader | None = None) -> RetrievalState:
         """State for decoding one unpacked document per row; `reader` names the documents as (B,)."""

@@ -77,6 +77,10 @@ class VectorStore:
     def __len__(self) -> int:
         return self._size
 
+    def count(self, session: int) -> int:
+        """Records of one session, 0 being the shared corpus."""
+        return int((self._data["session"][: self._size] == session).sum())
+
     def settings(self) -> dict[str, Any]:
         """What the index reports about itself: backend, and for "ivf" nlist, nprobe and measured recall."""
         return self._index.settings()

@@ -393,12 +393,13 @@ class TestTraining:
         model.train()
         assert all(expert.training for expert in model.experts.values())
 
-    def test_nll_matches_token_nll_and_ignores_masked_labels(self):
-        model, tokens = build(audit=True), some_tokens()
+    @pytest.mark.parametrize("fusion", ["hidden", "prob"])
+    def test_nll_matches_token_nll_and_ignores_masked_labels(self, fusion):
+        model, tokens = build(audit=True, fusion=fusion), some_tokens(rows=8)
         labels = some_labels(tokens)
         output = model(tokens, with_logits=False)
         assert torch.equal(model.nll(output, labels), model.token_nll(tokens, labels))
-        assert (model.nll(output, labels)[:, -1] == 0).all()
+        assert (model.nll(output, torch.full_like(labels, -100)) == 0).all()
 
 
 class TestDecoding:

@@ -7,7 +7,7 @@ Code and technical prose come from the running Python; the other three domains f
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from nano_think.data import builtin_argument, builtin_scripture, builtin_stdlib, builtin_story
@@ -24,7 +24,7 @@ GRAMMARS: dict[str, dict[str, Callable[[Rng], str]]] = {
     "philosophy": builtin_argument.ARGUMENTS,
     "theology": builtin_scripture.SCRIPTURES,
 }
-LIBRARY: dict[str, Callable[[], Iterator[Document]]] = {
+LIBRARY: dict[str, Callable[[], Iterable[Document]]] = {
     "academic": builtin_stdlib.prose_documents,
     "code": builtin_stdlib.code_documents,
 }

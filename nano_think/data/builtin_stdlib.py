@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
-import inspect
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -42,14 +42,18 @@ def code_documents() -> Iterator[Document]:
         yield Document(text, "code", "python:stdlib", name)
 
 
-def prose_documents() -> Iterator[Document]:
-    """Yield the topics of the interactive help and, for each module, the docstrings it holds."""
-    for name, text in sorted(_help_topics().items()):
-        yield Document(text, "academic", "python:help_topics", name)
+@functools.cache  # parsing the whole library takes seconds, its prose little memory
+def prose_documents() -> tuple[Document, ...]:
+    """Return the topics of the interactive help and, for each module, the docstrings it holds."""
+    documents = [
+        Document(text, "academic", "python:help_topics", name)
+        for name, text in sorted(_help_topics().items())
+    ]
     for name, text in _modules():
         prose = docstrings(text)
         if len(prose) >= _MIN_PROSE:
-            yield Document(f"{name}\n\n{prose}", "academic", "python:docstrings", name)
+            documents.append(Document(f"{name}\n\n{prose}", "academic", "python:docstrings", name))
+    return tuple(documents)
 
 
 def docstrings(source: str) -> str:
@@ -68,7 +72,7 @@ def docstrings(source: str) -> str:
 def _collect(node: ast.AST, prefix: str, parts: list[str]) -> None:
     text = ast.get_docstring(node) if isinstance(node, _DOCUMENTED) else None
     if text is not None and len(text) >= _MIN_DOCSTRING:
-        parts.append(f"{prefix}\n{inspect.cleandoc(text)}" if prefix else inspect.cleandoc(text))
+        parts.append(f"{prefix}\n{text}" if prefix else text)
     for child in ast.iter_child_nodes(node):
         if isinstance(child, _DOCUMENTED):
             name = child.name  # type: ignore[union-attr]

@@ -241,7 +241,9 @@ def letters(rng: Rng) -> str:
     month, days = rng.choice(MONTHS), [rng.between(1, 9)]
     parts = []
     for i in range(count):
-        sender, receiver, place = (ada, bruno, here) if i % 2 == 0 else (bruno, ada, there)
+        sender, receiver, place, other = (
+            (ada, bruno, here, there) if i % 2 == 0 else (bruno, ada, there, here)
+        )
         lines = [f"The {place}, {month} {days[-1]}", f"Dear {receiver.name},"]
         body = []
         if i:
@@ -251,7 +253,7 @@ def letters(rng: Rng) -> str:
         if i + 1 < count:
             body.append(f"Could you lend me {article(things[i])}?")
             endings = (
-                f"Is there work for a {sender.trade} at the {there}?",
+                f"Is there work for {article(sender.trade)} at the {other}?",
                 "Write soon.",
                 "Do not forget me.",
             )

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from nano_think.data.packing import RowReader
 from nano_think.data.sampler import DomainSampler
+from nano_think.data.seen import Stream, seen_streams
 from nano_think.data.shards import Shards
 from nano_think.errors import UserError
 
@@ -114,13 +115,17 @@ class TokenDataModule(L.LightningDataModule):
         """
         self._check_resumed_settings()
         reader = self._reader(self.train_split)
-        rows = dict(zip(self.domains, reader.rows_per_domain, strict=True))
-        sampler = DomainSampler(rows, self.mixing, self.temperature, self.seed)
+        sampler = self._sampler(reader)
         self._check_length(sampler.shares)
         batches = _TrainBatches(
             reader, sampler, self.batch_size, self.steps_per_epoch, self._rank, self._world
         )
         return self._loader(batches, start=lambda: self.batches_done, resumable=True)
+
+    def seen(self, num_rows: int) -> list[Stream]:
+        """Token streams of the first `num_rows` training rows that this module draws, see `seen_streams`."""
+        reader = self._reader(self.train_split)
+        return seen_streams(reader, self._sampler(reader), num_rows)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The fixed pass over `val_split`, at most `val_rows` rows a domain."""
@@ -190,6 +195,10 @@ class TokenDataModule(L.LightningDataModule):
                 f"the {split} split in {self.shards.directory} holds no text: use a larger corpus"
             )
         return RowReader(self.shards, split, self.seq_len, self.mode)
+
+    def _sampler(self, reader: RowReader) -> DomainSampler:
+        rows = dict(zip(self.domains, reader.rows_per_domain, strict=True))
+        return DomainSampler(rows, self.mixing, self.temperature, self.seed)
 
     def _check_length(self, shares: np.ndarray) -> None:
         for name, share in zip(self.domains, shares, strict=True):

@@ -60,6 +60,11 @@ class DiffuserExpert(nn.Module):
     self_cond: feed the previous estimate back; only then is its input map (d_model^2 weights) there.
     """
 
+    target_mean: Tensor
+    target_std: Tensor
+    stats_ready: Tensor
+    noise: Tensor
+
     def __init__(
         self,
         d_model: int = 384,
@@ -246,23 +251,23 @@ class DiffuserExpert(nn.Module):
         everywhere = Layout.span(0, first + length, prompt.device)
         drafted = Layout.span(first, length, prompt.device)
         words = prompt.new_zeros(prompt.shape[0], length - 1, self.d_model)
-        tokens, x0 = None, None
+        x0: Tensor | None = None
+
+        def nearest(x0: Tensor) -> Tensor:
+            return (self.readout(x0).to(table.dtype) @ table.T).argmax(dim=-1)
 
         def denoise(x: Tensor, tau: int) -> Tensor:
-            nonlocal words, tokens, x0
+            nonlocal words, x0
             context = self._context(torch.cat((prompt, words), dim=1))
             clean = self.denoiser.clean_stream(context, everywhere)
             x0 = self.to_x0(self.denoiser(x, tau, context[:, first:], clean, drafted, x0), x, tau)
-            tokens = (self.readout(x0).to(table.dtype) @ table.T).argmax(dim=-1)
-            words = table[tokens[:, :-1]]
+            words = table[nearest(x0)[:, :-1]]
             return x0
 
         shape = (prompt.shape[0], length, self.d_model)
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        ddim_sample(
-            self.schedule, denoise, noise.to(prompt.device), self._timesteps(steps or self.ddim_steps)
-        )
-        return tokens
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(prompt.device)
+        timesteps = self._timesteps(self.ddim_steps if steps is None else steps)
+        return nearest(ddim_sample(self.schedule, denoise, noise, timesteps))
 
     def _context(self, c: Tensor) -> Tensor:
         return self.denoiser.context_in(self.entry(c))
@@ -273,7 +278,7 @@ class DiffuserExpert(nn.Module):
     def _sample(
         self, start: Tensor, context: Tensor, clean: list[KeysValues], layout: Layout, steps: int | None
     ) -> Tensor:
-        x0 = None
+        x0: Tensor | None = None
 
         def denoise(x: Tensor, tau: int) -> Tensor:
             nonlocal x0

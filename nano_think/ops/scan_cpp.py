@@ -14,18 +14,21 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nano_think.files import atomic_write, hash_bytes
+from nano_think.ops.scan_kernel import ScanInputs
 
 SOURCE = Path(__file__).with_name("selective_scan.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 CHANNEL_MULTIPLE = 16  # the widest vector the source uses; narrower ones divide it
 
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_POINTER = ctypes.c_void_p
+_SHAPE = (ctypes.c_int64,) * 4 + (ctypes.c_int,)  # batch, length, channels, states; threads
 
 
 class BuildError(RuntimeError):
@@ -73,63 +76,45 @@ def load_library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(build(cache_folder())))
     except OSError as error:
         raise BuildError(str(error)) from error
-    shape = [_SIZE] * 4 + [ctypes.c_int]
-    library.scan_forward.argtypes = [_POINTER] * 11 + shape
-    library.scan_backward.argtypes = [_POINTER] * 17 + shape
+    library.scan_forward.argtypes = [*[_POINTER] * 11, *_SHAPE]
+    library.scan_backward.argtypes = [*[_POINTER] * 17, *_SHAPE]
     library.scan_forward.restype = library.scan_backward.restype = None
-    library.scan_chunk.restype = library.scan_group.restype = _SIZE
+    library.scan_chunk.restype = library.scan_group.restype = ctypes.c_int64
     return library
 
 
 class CppScan:
-    """Forward and backward of the scan for contiguous fp32 CPU tensors; see `Kernel` in selective_scan.py."""
+    """The `Kernel` for fp32 tensors on the CPU; raises BuildError where the library cannot be had."""
 
     def __init__(self) -> None:
         self.library = load_library()
 
     def forward(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        starts: Tensor | None,
-        state: Tensor,
-        keep: bool,
+        self, inputs: ScanInputs, starts: Tensor | None, state: Tensor, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        batch, length, channels = x.shape
-        x, dt, rate, D, state = _pack(x, dt, A, D, state)
+        batch, length, channels = inputs.x.shape
+        packed = _pack(inputs)
+        state = _pad(state.transpose(1, 2), channels)
         chunks = -(-length // self.library.scan_chunk())
-        borders = x.new_empty(batch, chunks, *state.shape[1:]) if keep else None
-        y, last = torch.empty_like(x), torch.empty_like(state)
-        inputs = (x, dt, rate, B.contiguous(), C.contiguous(), D, _bytes(starts), state)
-        self._call(self.library.scan_forward, *inputs, y, borders, last)
+        borders = state.new_empty(batch, chunks, *state.shape[1:]) if keep else None
+        y, last = torch.empty_like(packed.x), torch.empty_like(state)
+        self._call(self.library.scan_forward, packed, starts, state, y, borders, last)
         return y[..., :channels], last.transpose(1, 2)[:, :channels], borders
 
     def backward(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        starts: Tensor | None,
-        borders: Tensor,
-        dy: Tensor,
-        dlast: Tensor,
+        self, inputs: ScanInputs, starts: Tensor | None, borders: Tensor, dy: Tensor, dlast: Tensor
     ) -> tuple[Tensor, ...]:
-        batch, _, channels = x.shape
-        x, dt, rate, D, dlast = _pack(x, dt, A, D, dlast)
-        dy = _pad(dy, channels)
+        channels = inputs.x.shape[2]
+        packed = _pack(inputs)
+        x, dt, rate, B, C, D = packed
+        dy, dlast = _pad(dy, channels), _pad(dlast.transpose(1, 2), channels)
         groups = -(-x.shape[2] // self.library.scan_group())
-        dx, ddt, dD = torch.empty_like(x), torch.empty_like(x), x.new_empty(batch, x.shape[2])
-        dA, dstate = x.new_empty(batch, *rate.shape), torch.empty_like(dlast)
-        dB, dC = x.new_empty(groups, *B.shape), x.new_empty(groups, *C.shape)
-        inputs = (x, dt, rate, B.contiguous(), C.contiguous(), D, _bytes(starts), borders, dy, dlast)
-        self._call(self.library.scan_backward, *inputs, dx, ddt, dA, dB, dC, dD, dstate)
+        # Sums over rows and channels end here, so that threads share nothing and their number changes no bit.
+        dx, ddt, dstate = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(dlast)
+        dA, dD = rate.new_empty(len(x), *rate.shape), D.new_empty(len(x), *D.shape)
+        dB, dC = B.new_empty(groups, *B.shape), C.new_empty(groups, *C.shape)
+        grads = (dx, ddt, dA, dB, dC, dD, dstate)
+        self._call(self.library.scan_backward, packed, starts, borders, dy, dlast, *grads)
         return (
             dx[..., :channels],
             ddt[..., :channels],
@@ -140,10 +125,10 @@ class CppScan:
             dstate.transpose(1, 2)[:, :channels],
         )
 
-    def _call(self, function: ctypes._NamedFuncPointer, *tensors: Tensor | None) -> None:
-        """Pass addresses and sizes; `tensors` starts with x (B, L, d), dt and the rates (n, d)."""
-        x, _, rate = tensors[:3]
-        function(*(None if t is None else t.data_ptr() for t in tensors), *x.shape, len(rate), threads())
+    def _call(self, function: Any, inputs: ScanInputs, starts: Tensor | None, *others: Tensor | None) -> None:
+        marks = None if starts is None else starts.contiguous()
+        addresses = [None if t is None else t.data_ptr() for t in (*inputs, marks, *others)]
+        function(*addresses, *inputs.x.shape, len(inputs.A), threads())
 
 
 def threads() -> int:
@@ -151,20 +136,17 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def _pack(x: Tensor, dt: Tensor, A: Tensor, D: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous, channels last and padded; A as the exponent of 2, since exp(dt A) = 2^(dt A log2 e)."""
+def _pack(inputs: ScanInputs) -> ScanInputs:
+    """Contiguous and padded, with A (n, d) as the exponent of 2, since exp(dt A) = 2^(dt A log2 e)."""
+    x, dt, A, B, C, D = inputs
     channels = x.shape[2]
-    rate, state = A.t() * math.log2(math.e), state.transpose(1, 2)
-    return tuple(_pad(tensor, channels) for tensor in (x, dt, rate, D, state))
+    x, dt, rate, D = (_pad(tensor, channels) for tensor in (x, dt, A.t() * math.log2(math.e), D))
+    return ScanInputs(x, dt, rate, B.contiguous(), C.contiguous(), D)
 
 
 def _pad(tensor: Tensor, channels: int) -> Tensor:
     """Contiguous, the last axis padded with zeros to a multiple of the vector width."""
     return F.pad(tensor, (0, -channels % CHANNEL_MULTIPLE)).contiguous()
-
-
-def _bytes(starts: Tensor | None) -> Tensor | None:
-    return None if starts is None else starts.contiguous().view(torch.uint8)
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -32,8 +32,7 @@ from nano_think.files import atomic_dir, atomic_write, write_json
 
 # What only the phase named on the command line receives; everything else reaches prerequisites too.
 OWN_KEYS = frozenset(
-    "phase stage optimizer schedule trainer callbacks logger ckpt run prompt prompt_file generate eval memory "
-    "hydra prereq".split()
+    ["phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run", "prompt", "prompt_file", "generate", "eval", "memory", "hydra", "prereq"]
 )
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nano_think.ops.pooling import (
+    _best_step,
     diversity,
     fit_static_weights,
     geometric_pool,
@@ -189,3 +190,21 @@ def test_usefulness_is_the_slope_of_the_geometric_loss():
         assert bool(facts.helps[e]) == (slope < 0)
     assert facts.gap[0] == 0
     assert facts.kl[0] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_newton_step_is_the_minimum_of_the_quadratic_on_the_floored_simplex(seed):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    grad, hessian = torch.randn(3, generator=generator, dtype=torch.float64), root @ root.T
+    weights, floor = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), 0.05
+    step, promised = _best_step(weights, grad, hessian, floor)
+    target = weights + step
+    assert target.min() >= floor - 1e-9
+    assert target.sum().item() == pytest.approx(1.0)
+    sides = torch.arange(171, dtype=torch.float64) * 0.005 + floor
+    first, second = torch.meshgrid(sides, sides, indexing="ij")
+    grid = torch.stack((first, second, 1 - first - second), dim=-1).flatten(0, 1)
+    moves = grid[grid[:, 2] >= floor - 1e-9] - weights
+    values = moves @ grad + ((moves @ hessian) * moves).sum(-1) / 2
+    assert values.min().item() - 1e-3 <= -promised <= values.min().item() + 1e-9

@@ -8,13 +8,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nano_think.ops import selective_scan as module
-from nano_think.ops.selective_scan import BACKEND_VARIABLE, CHUNK, choose_backend, cpp_problem, selective_scan
+from nano_think.ops.scan_kernel import CHUNK
+from nano_think.ops.selective_scan import BACKEND_VARIABLE, choose_backend, cpp_problem, selective_scan
 
 KERNELS = [
     "torch",
     pytest.param("cpp", marks=pytest.mark.skipif(cpp_problem() is not None, reason="no compiler")),
 ]
 BACKENDS = ["ref", *KERNELS]
+CPU = torch.device("cpu")
 LENGTHS = [1, 2, 3, 4, 5, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 2]
 NAMES = ("y", "last", "x", "dt", "A", "B", "C", "D", "state")
 
@@ -294,21 +296,21 @@ def test_no_tensor_of_length_times_states(backend: str) -> None:
 
 def test_auto_takes_the_compiled_kernel_for_fp32_on_the_cpu() -> None:
     expected = "torch" if cpp_problem() else "cpp"
-    assert choose_backend("auto", torch.zeros(1)) == expected
-    assert choose_backend("auto", torch.zeros(1, dtype=torch.float64)) == "torch"
-    assert choose_backend("auto", torch.zeros(1, device="meta")) == "torch"
+    assert choose_backend("auto", CPU, torch.float32) == expected
+    assert choose_backend("auto", CPU, torch.float64) == "torch"
+    assert choose_backend("auto", torch.device("cuda"), torch.float32) == "torch"
 
 
 def test_environment_variable_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKEND_VARIABLE, "ref")
-    assert choose_backend("torch", torch.zeros(1)) == "ref"
+    assert choose_backend("torch", CPU, torch.float32) == "ref"
 
 
 def test_impossible_backends_are_refused() -> None:
     with pytest.raises(ValueError, match="must be one of"):
-        choose_backend("cuda", torch.zeros(1))
+        choose_backend("cuda", CPU, torch.float32)
     with pytest.raises(ValueError, match="fp32 on the CPU"):
-        choose_backend("cpp", torch.zeros(1, dtype=torch.float64))
+        choose_backend("cpp", CPU, torch.float64)
 
 
 def test_without_compiler_it_warns_once_and_still_trains(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +324,7 @@ def test_without_compiler_it_warns_once_and_still_trains(monkeypatch: pytest.Mon
         with pytest.warns(UserWarning, match="install g\\+\\+ or set CXX") as caught:
             results = [run(inputs, "auto", dtype=torch.float32) for _ in range(3)]
         with pytest.raises(ValueError, match="cannot be built"):
-            choose_backend("cpp", torch.zeros(1))
+            choose_backend("cpp", CPU, torch.float32)
     finally:
         module.cpp_problem.cache_clear()
     assert len(caught) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,14 @@ from nano_think.ops.layout import Layout
 from nano_think.ops.selective_scan import Backend, selective_scan
 
 STEP_RANGE, STEP_FLOOR = (1e-3, 1e-1), 1e-4  # initial step sizes: log-uniform, and their smallest value
+
+
+class Selection(NamedTuple):
+    """What the inputs choose for themselves: step sizes (B, L, d_inner) and B, C (B, L, d_state)."""
+
+    dt: Tensor
+    B: Tensor
+    C: Tensor
 
 
 class S6(nn.Module):
@@ -50,7 +59,7 @@ class S6(nn.Module):
         self.D = nn.Parameter(torch.empty(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
         for parameter in (self.A_log, self.D, self.dt_bias):
-            parameter._no_weight_decay = True
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -60,13 +69,9 @@ class S6(nn.Module):
         A = -1 .. -n for every channel (S4D-real), D = 1, steps softplus(dt_bias) log-uniform in [1e-3, 1e-1],
         uniform dt_weight in +-dt_rank^-1/2, convolution as torch's Conv1d.
         """
-        bound = self.d_conv**-0.5
-        self.conv_weight.uniform_(-bound, bound)
-        self.conv_bias.uniform_(-bound, bound)
+        init_conv(self.conv_weight, self.conv_bias)
         self.dt_weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        low, high = (math.log(limit) for limit in STEP_RANGE)
-        step = torch.empty_like(self.dt_bias).uniform_(low, high).exp().clamp(min=STEP_FLOOR)
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        self.dt_bias.copy_(initial_step_bias(self.d_inner))
         self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
         self.D.fill_(1)
 
@@ -75,13 +80,13 @@ class S6(nn.Module):
         u, z = self._split(self.in_proj(x))
         segments = None if layout.plain else layout.segments
         u = F.silu(causal_conv(u, self.conv_weight, self.conv_bias, segments))
-        dt, B, C = self._selection(u)
+        selection = self._select(u)
         starts = None
         if not layout.plain:
             # exp(0 A) = 1 and 0 B x = 0: a pad leaves the state exactly as it is.
-            dt = dt.masked_fill(layout.pads.unsqueeze(-1), 0)
+            selection = selection._replace(dt=selection.dt.masked_fill(layout.pads.unsqueeze(-1), 0))
             starts = layout.starts.expand(x.shape[:2])
-        y, _ = self._scan(u, dt, B, C, starts)
+        y, _ = self._scan(u, selection, starts)
         return self._project(y, z)
 
     def init_state(self, batch: int, max_len: int, max_rollback: int = 0) -> RingState:
@@ -98,34 +103,46 @@ class S6(nn.Module):
         u, z = self._split(self.in_proj(x))
         history = extend_window(u, state["window"], self.d_conv)
         u = F.silu(causal_conv(u, self.conv_weight, self.conv_bias, window=state["window"]))
-        selection = (u, *self._selection(u))
+        selection = self._select(u)
         outputs = []
         for piece in state.pieces(x.shape[1]):
-            y, scan = self._scan(*(tensor[:, piece] for tensor in selection), state=state["scan"])
+            part = Selection(*(tensor[:, piece] for tensor in selection))
+            y, scan = self._scan(u[:, piece], part, state=state["scan"])
             window = history[:, piece.stop : piece.stop + self.d_conv - 1].transpose(1, 2).clone()
             state.advance(piece.stop - piece.start, window=window, scan=scan)
             outputs.append(y)
         return self._project(torch.cat(outputs, dim=1), z)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
-        return projected.chunk(2, dim=-1) if self.gate else (projected, None)
+        if not self.gate:
+            return projected, None
+        u, z = projected.chunk(2, dim=-1)
+        return u, z
 
-    def _selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Step sizes (B, L, d_inner), B and C (B, L, d_state) that the inputs choose for themselves."""
+    def _select(self, u: Tensor) -> Selection:
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return F.softplus(F.linear(low, self.dt_weight).float() + self.dt_bias), B, C
+        return Selection(F.softplus(F.linear(low, self.dt_weight).float() + self.dt_bias), B, C)
 
     def _scan(
-        self,
-        u: Tensor,
-        dt: Tensor,
-        B: Tensor,
-        C: Tensor,
-        starts: Tensor | None = None,
-        state: Tensor | None = None,
+        self, u: Tensor, selection: Selection, starts: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        dt, B, C = selection
         A = -torch.exp(self.A_log.float())
         return selective_scan(u, dt, A, B, C, self.D, starts, state, self.backend)
 
     def _project(self, y: Tensor, z: Tensor | None) -> Tensor:
         return self.out_proj(y if z is None else y * F.silu(z))
+
+
+def init_conv(weight: Tensor, bias: Tensor) -> None:
+    """Uniform values as torch's Conv1d draws them, for a depthwise weight (d, K) and its bias (d,)."""
+    bound = weight.shape[1] ** -0.5
+    weight.uniform_(-bound, bound)
+    bias.uniform_(-bound, bound)
+
+
+def initial_step_bias(size: int) -> Tensor:
+    """Biases (size,) whose softplus is log-uniform in STEP_RANGE."""
+    low, high = (math.log(limit) for limit in STEP_RANGE)
+    step = torch.empty(size).uniform_(low, high).exp().clamp(min=STEP_FLOOR)
+    return step + torch.log(-torch.expm1(-step))  # the inverse of softplus

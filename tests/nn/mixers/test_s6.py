@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nano_think.nn.block import init_blocks
-from nano_think.nn.mixers.s6 import S6
+from nano_think.nn.mixers.s6 import S6, Selection
 from nano_think.ops.layout import Layout
-from nano_think.ops.selective_scan import CHUNK
+from nano_think.ops.scan_kernel import CHUNK
 
 D_MODEL = 12
 
@@ -121,11 +121,11 @@ def test_a_token_changes_nothing_before_it_and_everything_after(mixer: S6, posit
 def test_selection_depends_on_the_input(mixer: S6) -> None:
     """A time-invariant system is linear in its input; this one is not, because it chooses steps, B and C."""
     u = normal(1, 20, mixer.d_inner)
-    dt, B, C = mixer._selection(u)
-    once, _ = mixer._scan(u, dt, B, C)
-    fixed, _ = mixer._scan(2 * u, dt, B, C)
+    selection = mixer._select(u)
+    once, _ = mixer._scan(u, selection)
+    fixed, _ = mixer._scan(2 * u, selection)
     torch.testing.assert_close(fixed, 2 * once, rtol=1e-5, atol=1e-5)
-    selective, _ = mixer._scan(2 * u, *mixer._selection(2 * u))
+    selective, _ = mixer._scan(2 * u, mixer._select(2 * u))
     assert not torch.allclose(selective, 2 * once, rtol=0.05)
 
 
@@ -230,9 +230,9 @@ def test_autocast_keeps_step_sizes_and_scan_in_fp32(mixer: S6, monkeypatch: pyte
     seen = {}
     inner = S6._scan
 
-    def watch(self: S6, u: Tensor, dt: Tensor, *rest: Tensor, **options: Tensor):
-        y, last = inner(self, u, dt, *rest, **options)
-        seen.update(dt=dt.dtype, last=last.dtype)
+    def watch(self: S6, u: Tensor, selection: Selection, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, last = inner(self, u, selection, starts)
+        seen.update(dt=selection.dt.dtype, last=last.dtype)
         return y, last
 
     monkeypatch.setattr(S6, "_scan", watch)

@@ -1,0 +1,174 @@
+"""Continue a text with a loaded checkpoint: memory, streaming, and the record of who was trusted where."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from nano_think.artifacts.checkpoint import Checkpoint
+from nano_think.artifacts.memory import Memory, fused_hidden, load_memory, save_memory
+from nano_think.chunks import chunk_records
+from nano_think.engine.generate import Generation, generate
+from nano_think.engine.render import TokenPrinter, token_records
+from nano_think.engine.sampling import SamplingConfig
+from nano_think.errors import UserError
+from nano_think.files import atomic_dir, write_json
+from nano_think.vector_records import Reader, session_id
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt, what followed, and the routing weights, ready for JSON.
+
+    context_full: generation ended because the model's context was full.
+    """
+
+    prompt: str
+    text: str
+    experts: list[str]
+    tokens: list[dict[str, Any]]
+    context_full: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self.__dict__, "full_text": self.prompt + self.text}
+
+
+class Session:
+    """A model's memory plus what earlier continuations of the same name left in it, kept in a folder.
+
+    The store in the folder holds the model's own records too: it stands alone and is replaced as a whole.
+    Raises UserError where the model has no memory, or the folder was made with another one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, folder: Path, reset: bool = False) -> None:
+        base = load_memory(checkpoint.path / "memory")
+        if base is None:
+            raise UserError(
+                f"{checkpoint.path} has no memory to keep a session in: use a model of stage 7d "
+                "(`python train.py phase=mla expert=all stage=7d`)"
+            )
+        if reset:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.name, self.folder, self.number = name, folder, session_id(name)
+        self.memory = load_memory(folder) or base
+        if self.memory.encoder.fingerprint() != base.encoder.fingerprint():
+            raise UserError(
+                f"session {name} was kept by another model: start it anew with memory.reset=true, "
+                "or choose another memory.session"
+            )
+
+    @property
+    def own_records(self) -> int:
+        """Records that earlier continuations left."""
+        return self.memory.store.count(self.number)
+
+    def append(self, checkpoint: Checkpoint, tokens: list[int]) -> int:
+        """Remember a finished sequence; returns how many records it made (complete chunks that something follows)."""
+        ids = torch.tensor([tokens])
+        hidden = fused_hidden(checkpoint.model, ids)
+        memory = self.memory
+        records = chunk_records(
+            memory.encoder,
+            ids,
+            hidden,
+            chunk=memory.retriever.chunk,
+            session=self.number,
+            split="expert_train",
+        )
+        if len(records.keys):
+            memory.store.add(records.keys, records.values, **records.meta)
+        memory.store.publish()
+        with atomic_dir(self.folder.with_name(f"{self.folder.name}.new")) as temporary:
+            save_memory(memory, temporary)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.with_name(f"{self.folder.name}.new").rename(self.folder)
+        return len(records.keys)
+
+
+def continue_text(
+    checkpoint: Checkpoint,
+    prompt: str,
+    max_new_tokens: int,
+    config: SamplingConfig,
+    session: Session | None = None,
+    stream: TextIO | None = None,
+    options: dict[str, Any] | None = None,
+) -> Continuation:
+    """Continue `prompt`, printing to `stream` token by token where one is given.
+
+    A model with memory reads it; with a session the finished sequence is remembered in it.
+    Raises UserError for a prompt that is longer than the model's context.
+    """
+    tokenizer, model = checkpoint.tokenizer, checkpoint.model
+    context = checkpoint.spec["seq_len"]
+    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    if len(tokens) > context:
+        raise UserError(
+            f"the prompt has {len(tokens) - 1} tokens, this model's context holds {context - 1}: shorten the prompt"
+        )
+    names = list(getattr(model, "experts", {}))
+    printer = TokenPrinter(tokenizer.token_bytes, names, stream) if stream is not None else None
+    if printer is not None:
+        printer.prompt(prompt)
+    generation = generate(
+        model,
+        [tokens],
+        max_new_tokens,
+        config,
+        eos_id=tokenizer.eos_id,
+        banned_ids=(tokenizer.bos_id, tokenizer.pad_id),
+        context=context,
+        memory=_reader(session.memory if session else load_memory(checkpoint.path / "memory"), session),
+        options=options,
+        on_token=(lambda row, token, weights: printer.token(token, weights)) if printer else None,
+    )
+    if printer is not None:
+        printer.finish()
+    if session is not None:
+        session.append(checkpoint, tokens + generation.tokens[0])
+    full = len(tokens) + len(generation.tokens[0]) > context
+    return _continuation(checkpoint, prompt, generation, names, full)
+
+
+def _reader(memory: Memory | None, session: Session | None) -> Any:
+    """The retrieval state of one sequence, or None where the model has no memory."""
+    if memory is None:
+        return None
+    return memory.retriever.init_state(1, Reader(session=session.number) if session else Reader())
+
+
+def _continuation(
+    checkpoint: Checkpoint, prompt: str, generation: Generation, names: list[str], full: bool
+) -> Continuation:
+    records = token_records(generation, 0, checkpoint.tokenizer.token_bytes, names)
+    text = "".join(record["text"] for record in records)
+    return Continuation(prompt, text, names, records, full)
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None, stdin: TextIO) -> str:
+    """The prompt from the argument, from a file, or from standard input where it is piped; empty otherwise.
+
+    Raises UserError where two sources are given, or the file cannot be read as UTF-8 text.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise UserError("give the prompt by prompt= or by prompt_file=, not by both")
+    if prompt_file is not None:
+        try:
+            return Path(prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"prompt_file={prompt_file} cannot be read ({error}): name a UTF-8 text file"
+            ) from error
+    if prompt is not None:
+        return prompt
+    return "" if stdin is None or stdin.isatty() else stdin.read()
+
+
+def save_continuations(path: Path, continuations: list[Continuation]) -> None:
+    """Write texts, tokens and weights as JSON."""
+    write_json(path, [continuation.as_json() for continuation in continuations])

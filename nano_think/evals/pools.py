@@ -1,0 +1,79 @@
+"""Many models from one forward pass: the experts, every pool of them, and every knock-out share their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nano_think.evals.losses import NllFunction
+from nano_think.model import LMOutput, NanoThink
+from nano_think.ops.layout import Layout
+
+Batch = dict[str, Tensor]
+
+
+class SharedForward:
+    """A fused model whose last batch's output is kept, so that all variants of it cost one pass.
+
+    slots: the memory of a batch, None for a model that runs without.
+    """
+
+    def __init__(self, model: NanoThink, slots: Callable[[Mapping[str, Tensor]], Any] | None = None) -> None:
+        self.model, self.slots = model, slots
+        self._batch: Batch | None = None
+        self._output: LMOutput | None = None
+        self._memory: Any = None
+
+    @torch.no_grad()
+    def output(self, batch: Batch) -> LMOutput:
+        """The forward pass of `batch`, computed once while it is the current one."""
+        if batch is not self._batch or self._output is None:
+            layout = Layout(batch["positions"], batch["segments"])
+            self._memory = self.slots(batch) if self.slots else None
+            self._output = self.model(batch["tokens"], layout, self._memory, with_logits=False)
+            self._batch = batch
+        return self._output
+
+    def memory(self, batch: Batch) -> Any:
+        """The slots that the pass over `batch` used."""
+        self.output(batch)
+        return self._memory
+
+    def weights(self, batch: Batch) -> Tensor:
+        """The router's weights (B, L, N)."""
+        return self.output(batch).weights
+
+    def fused(self) -> NllFunction:
+        """The model as it is."""
+        return lambda batch: self._nll(batch, self.output(batch).weights)
+
+    def pooled(self, weights: Tensor) -> NllFunction:
+        """The same experts under constant weights (N,)."""
+        return lambda batch: self._nll(
+            batch, weights.to(self.output(batch).weights).expand_as(self.weights(batch))
+        )
+
+    def expert(self, name: str) -> NllFunction:
+        """One expert alone."""
+        names = self.model.expert_names
+        return self.pooled(torch.tensor([float(other == name) for other in names]))
+
+    def without(self, names: Collection[str]) -> NllFunction:
+        """The router's weights with some experts left out and the others scaled up to sum to 1."""
+        kept = torch.tensor([float(name not in names) for name in self.model.expert_names])
+
+        def nll(batch: Batch) -> Tensor:
+            weights = self.weights(batch) * kept
+            return self._nll(batch, weights / weights.sum(-1, keepdim=True).clamp_min(1e-12))
+
+        return nll
+
+    @torch.no_grad()
+    def _nll(self, batch: Batch, weights: Tensor) -> Tensor:
+        output = self.output(batch)
+        hidden = None if self.model.fusion == "prob" else self.model.mix(output.expert_hidden, weights)
+        return self.model.nll(replace(output, weights=weights, hidden=hidden), batch["labels"])

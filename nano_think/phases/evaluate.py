@@ -1,0 +1,192 @@
+"""`phase=eval`: what the model is worth on text it never saw, who is trusted where, and one report of it.
+
+Nothing here trains or writes into a store. Tables go to the screen, to report.md and to report.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, require_same_tokenizer
+from nano_think.artifacts.memory import Memory, load_memory
+from nano_think.data.module import TokenDataModule
+from nano_think.errors import UserError
+from nano_think.evals.losses import DocumentLosses, NllFunction, evaluate_models
+from nano_think.evals.ngram import KneserNey
+from nano_think.evals.pools import SharedForward
+from nano_think.evals.report import Report, render_table
+from nano_think.model import ExpertLM
+from nano_think.ops.layout import Layout
+from nano_think.phases import sections
+from nano_think.phases.data import shards_maker
+from nano_think.phases.fit import Fit
+from nano_think.phases.generate import model_of
+from nano_think.phases.run import Run
+
+NGRAMS = {"Kneser-Ney bigram": 2, "Kneser-Ney trigram": 3}
+
+
+class Evaluation:
+    """A checkpoint, the data to judge it on, and everything that is judged beside it.
+
+    alone: each expert as it was pre-trained, by name; pool: the fused model of stage 7a, whose experts are
+    untouched; both None or empty where the lineage of the checkpoint is not on this machine.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.settings = run, run.plain(run.cfg.eval)
+        self.checkpoint = model_of(run)
+        shards = shards_maker(run)
+        run.obtain(shards)
+        numbers = {"lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "accumulate": 1, "patience": 0}
+        numbers |= {"batch_size": self.settings["batch_size"], "max_epochs": 1, "max_steps": None}
+        self.data: TokenDataModule = Fit(run, shards, numbers, "eval", train_split="expert_train").data()
+        require_same_tokenizer(self.checkpoint, self.data.tokenizer_hash)
+        self.domains, self.tokenizer = self.data.domains, self.checkpoint.tokenizer
+        self.report = Report(f"Evaluation of {self.checkpoint.name} on {self.settings['split']}")
+        self.figures = run.dir / "figures"
+        self.figures.mkdir(parents=True, exist_ok=True)
+        self.memory: Memory | None = load_memory(self.checkpoint.path / "memory")
+        self.lineage = dict(_walk(self.checkpoint.provenance))
+        self.alone = self._load_experts()
+        self.pool = self.load("mla_7a") if self.fused else None
+
+    @property
+    def fused(self) -> bool:
+        """Whether the model mixes experts."""
+        return self.checkpoint.kind == "nano_think"
+
+    def batches(self, split: str | None = None, rows: int | None = None) -> list[dict[str, torch.Tensor]]:
+        """The fixed pass over a split, as a list: several models read the very same tensors."""
+        rows = rows or self.settings["rows"]
+        return list(self.data.dataloader(split or self.settings["split"], rows=rows))
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """What each artefact of the lineage recorded when it was made: history, steps, tokens."""
+        found = {}
+        for kind, digest in self.lineage.items():
+            path = self.run.artifacts / kind / digest / "provenance.json"
+            if path.is_file():
+                found[kind] = json.loads(path.read_text())["result"]
+        found[self._own_kind()] = self.checkpoint.provenance.get("result", {})
+        return found
+
+    def _own_kind(self) -> str:
+        return self.checkpoint.provenance.get("kind", self.checkpoint.name)
+
+    def _load_experts(self) -> dict[str, Checkpoint]:
+        if not self.fused:
+            return {self.checkpoint.name: self.checkpoint}
+        names = list(self.checkpoint.model.experts)
+        loaded = {name: self.load(name) for name in names}
+        return {name: checkpoint for name, checkpoint in loaded.items() if checkpoint is not None}
+
+    def load(self, kind: str) -> Checkpoint | None:
+        """The checkpoint of this kind in the lineage, None where it is not on this machine."""
+        if kind == self._own_kind():
+            return self.checkpoint
+        if kind not in self.lineage:
+            return None
+        path = self.run.artifacts / kind / self.lineage[kind]
+        return load_checkpoint(path) if path.is_dir() else None
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Losses with intervals, differences, routing, knock-outs, retrieval, samples; one report."""
+    evaluation = Evaluation(run)
+    run.say(f"evaluating {evaluation.checkpoint.path} on {evaluation.settings['split']}")
+    losses = _losses(evaluation)
+    sections.loss_tables(evaluation, losses)
+    if evaluation.fused:
+        sections.routing(evaluation)
+        sections.knock_outs(evaluation, losses)
+        sections.retrieval(evaluation)
+    sections.diffuser(evaluation)
+    sections.training(evaluation)
+    sections.samples(evaluation)
+    sections.parameters(evaluation)
+    for table in evaluation.report.tables:
+        if table.title:
+            render_table(table, run.console)
+    path = evaluation.report.write(run.dir)
+    save_losses(losses, run.dir / "losses")
+    run.say(f"[bold]report[/bold]: {path}\n[bold]dashboard[/bold]: tensorboard --logdir {run.root}")
+    return {"report": str(path), "objective": losses[evaluation.checkpoint.name].loss()}
+
+
+def _losses(evaluation: Evaluation) -> dict[str, DocumentLosses]:
+    """Every model on the same tokens, by name; the checkpoint itself under its own name."""
+    models: dict[str, NllFunction] = {}
+    own = evaluation.checkpoint
+    if evaluation.fused:
+        shared = SharedForward(own.model, evaluation.memory.slots if evaluation.memory else None)
+        models[own.name] = shared.fused()
+        for name in own.model.expert_names:
+            models[f"without {name}"] = shared.without([name])
+        if evaluation.memory:
+            models["fused, memory off"] = SharedForward(own.model).fused()
+    for name, checkpoint in evaluation.alone.items():
+        models[name] = lone_expert(checkpoint.model)
+    if evaluation.pool is not None:
+        pool = SharedForward(evaluation.pool.model)
+        count = len(evaluation.pool.model.experts)
+        models["uniform average"] = pool.pooled(torch.full((count,), 1.0 / count))
+        models["static weights (7a)"] = pool.fused()
+    models |= ngram_models(evaluation)
+    return evaluate_models(
+        models, evaluation.batches(), evaluation.tokenizer.byte_lengths, len(evaluation.domains)
+    )
+
+
+def lone_expert(model: ExpertLM) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """Per-token losses of a stand-alone expert."""
+
+    @torch.no_grad()
+    def nll(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model.token_nll(
+            batch["tokens"], batch["labels"], Layout(batch["positions"], batch["segments"])
+        )
+
+    return nll
+
+
+def ngram_models(evaluation: Evaluation) -> dict[str, NllFunction]:
+    """Interpolated Kneser-Ney models fitted on the tokens that the experts saw in training.
+
+    Where experts saw different amounts, the n-grams get the largest: a baseline must not be starved.
+    """
+    results = evaluation.results()
+    tokens = max((results.get(name, {}).get("tokens", 0) for name in evaluation.alone), default=0)
+    if not tokens:
+        raise UserError(
+            f"{evaluation.checkpoint.path} does not say how much text it was trained on: make it again"
+        )
+    streams = evaluation.data.seen(tokens // evaluation.data.seq_len)
+    seen = sum(len(stream) for stream, _ in streams)
+    evaluation.report.json({"ngram_tokens": seen})
+    vocab_size = evaluation.data.vocab_size
+    return {
+        f"{name}": KneserNey.fit(streams, order=order, vocab_size=vocab_size).batch_nll
+        for name, order in NGRAMS.items()
+    }
+
+
+def save_losses(losses: dict[str, DocumentLosses], directory: Path) -> None:
+    """Per-document losses of every model, from which each table cell can be computed again."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, value in losses.items():
+        value.save(directory / f"{name.replace(' ', '_').replace(',', '')}.npz")
+
+
+def _walk(node: dict[str, Any]) -> list[tuple[str, str]]:
+    """(kind, hash) of everything a provenance file was made from."""
+    pairs = []
+    for need in node.get("needs", {}).values():
+        pairs.append((need["kind"], need["hash"]))
+        pairs += _walk(need)
+    return pairs

@@ -1,0 +1,59 @@
+"""`phase=generate`: continue a prompt with the model that the settings name, or with the one of `ckpt=`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint
+from nano_think.engine.sampling import SamplingConfig
+from nano_think.engine.session import Session, continue_text, read_prompt, save_continuations
+from nano_think.errors import UserError
+from nano_think.phases.expert import expert_maker
+from nano_think.phases.mla import last_stage, mla_maker
+from nano_think.phases.run import Run
+
+
+def model_of(run: Run) -> Checkpoint:
+    """The checkpoint of `ckpt=`, else the model that `expert=` and `stage=` describe, built if it is missing."""
+    single = len(run.cfg.expert.names) == 1
+    command = run.command(phase="expert" if single else "mla", expert=run.cfg.expert.name)
+    if run.cfg.ckpt is not None:
+        return load_checkpoint(Path(run.cfg.ckpt), command)
+    if single:
+        name = run.cfg.expert.names[0]
+        maker = expert_maker(run.sub("expert", name), name)
+    else:
+        maker = mla_maker(run.sub("mla"), last_stage(run))
+    return load_checkpoint(run.obtain(maker), command)
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Stream the continuation to the terminal, write tokens and weights as JSON."""
+    settings = run.plain(run.cfg.generate)
+    try:
+        config = SamplingConfig(
+            temperature=settings["temperature"],
+            top_k=settings["top_k"],
+            top_p=settings["top_p"],
+            seed=run.cfg.seed,
+        )
+        if settings["max_new_tokens"] < 1:
+            raise ValueError(f"max_new_tokens={settings['max_new_tokens']} must be at least 1")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"generate: {error}") from error
+    prompt = read_prompt(run.cfg.prompt, run.cfg.prompt_file, sys.stdin)
+    checkpoint = model_of(run)
+    session = None
+    if run.cfg.memory.session is not None:
+        name = run.cfg.memory.session
+        session = Session(checkpoint, name, run.root / "sessions" / name, reset=run.cfg.memory.reset)
+    made = continue_text(checkpoint, prompt, settings["max_new_tokens"], config, session, sys.stdout)
+    if made.context_full:
+        run.say(f"[dim]stopped at the end of the context of {checkpoint.spec['seq_len']} tokens[/dim]")
+    if session is not None:
+        run.say(f"[dim]session {session.name}: {session.own_records} records of its own[/dim]")
+    path = run.dir / "generation.json"
+    save_continuations(path, [made])
+    return {"checkpoint": str(checkpoint.path), "json": str(path), "text": made.text}
