@@ -142,7 +142,8 @@ def checked_overrides(arguments: list[str], config_dir: Path) -> list[str]:
         _check_choice(choice, config_dir)
     cfg = _compose(choices, config_dir)
     checked = choices + [_checked(o, cfg, groups) for o in overrides if o not in choices]
-    cfg = _compose(checked, config_dir)
+    if checked != choices:
+        cfg = _compose(checked, config_dir)
     if "--cfg" not in flags and "-c" not in flags:
         validate(cfg)
     return [*flags, *checked]
@@ -199,7 +200,10 @@ def _is_glob(override: str) -> bool:
 
 def _first(override: str) -> str:
     """The override of the first job where `override` is a sweep."""
-    parsed = OverridesParser.create().parse_override(override)
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(f"the value in {override!r} cannot be read: {_one_line(error)}") from error
     if not parsed.is_sweep_override():
         return override
     return f"{override.partition('=')[0]}={next(parsed.sweep_string_iterator())}"
@@ -293,7 +297,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     """What Hydra says and why, on one line, without its advice on environment variables."""
-    text = f"{error}\n{error.__cause__ or ''}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("Set the environment variable", "full_key:", "object_type="))]
-    return ": ".join(dict.fromkeys(line.rstrip(".:") for line in kept))
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
+    lines = [line.strip().rstrip(".:") for line in f"{error}\n{cause}".splitlines()]
+    noise = ("Set the environment variable", "full_key:", "object_type=")
+    return ": ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))

@@ -1,7 +1,8 @@
 """Networks from plain values: the `_target_` / `_partial_` notation of the configs, without Hydra.
 
-A saved model carries its spec in this notation. Only classes and functions of `nano_think` and `torch.nn` can
-be named, so that loading somebody's checkpoint cannot run somebody's code.
+A saved model carries its spec in this notation. Only network classes of `nano_think` and `torch.nn` can be named,
+so that loading somebody's checkpoint cannot run somebody's code: a function of our own that writes files would
+be enough for that.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 ALLOWED_PREFIXES = ("nano_think.", "torch.nn.")
 
 
 def locate(path: str) -> Any:
-    """The class or function at a dotted path, refused outside `ALLOWED_PREFIXES`.
+    """The subclass of nn.Module at a dotted path, refused outside `ALLOWED_PREFIXES`.
 
-    Raises ValueError for a foreign or unknown path. Private names and re-exports of other packages are foreign.
+    Raises ValueError for a foreign or unknown path. Private names, functions, other classes and re-exports of
+    other packages are foreign.
     """
     if not path.startswith(ALLOWED_PREFIXES) or any(part.startswith("_") for part in path.split(".")):
         raise ValueError(f"'{path}' is outside {' and '.join(ALLOWED_PREFIXES)}: such a spec is not built")
@@ -27,8 +31,9 @@ def locate(path: str) -> Any:
         target = getattr(importlib.import_module(module_path), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"there is no '{path}' in this version of the code") from error
-    if not callable(target) or not getattr(target, "__module__", "").startswith(ALLOWED_PREFIXES):
-        raise ValueError(f"'{path}' is not a class or function of {' or '.join(ALLOWED_PREFIXES)}")
+    network = inspect.isclass(target) and issubclass(target, nn.Module)
+    if not network or not target.__module__.startswith(ALLOWED_PREFIXES):
+        raise ValueError(f"'{path}' is not a network class of {' or '.join(ALLOWED_PREFIXES)}")
     return target
 
 

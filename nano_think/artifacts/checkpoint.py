@@ -55,8 +55,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read safetensors; raises UserError for a file that is missing, cut short or something else."""
     try:
         return load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): make the checkpoint again") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is missing or damaged ({error}): delete its folder and make it again"
+        ) from error
 
 
 def save_expert(
@@ -103,9 +105,12 @@ def load_checkpoint(
     """
     path = Path(path)
     spec = read_spec(path, how_to_make)
-    tokenizer = Tokenizer.load(path / "tokenizer")
     try:
+        tokenizer = Tokenizer.load(path / "tokenizer")
         model = _load_expert(path, spec) if spec["kind"] == "expert" else _load_fused(path, spec)
+        provenance = _read_provenance(path)
+    except UserError as error:
+        raise UserError(f"{error}; for the whole checkpoint: `{how_to_make}`") from error
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         message = str(error).splitlines()[0]
         raise UserError(
@@ -116,10 +121,13 @@ def load_checkpoint(
             f"{path}: the model has {model.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}: "
             f"make it again with `{how_to_make}`"
         )
-    provenance = (
-        json.loads((path / "provenance.json").read_text()) if (path / "provenance.json").is_file() else {}
-    )
     return Checkpoint(path, model.eval(), tokenizer, spec, provenance)
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    """What the folder was made from; empty for a model that somebody saved by hand."""
+    file = path / "provenance.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _load_expert(path: Path, spec: dict[str, Any]) -> ExpertLM:

@@ -23,6 +23,13 @@ class ValidationSelection(L.Callback):
         self.weights: dict[str, torch.Tensor] = {}
         self.history: list[tuple[int, float]] = []
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for a validation of the last weights: a fit that was told to stop validates before it does."""
+        if trainer.global_step >= trainer.max_steps > 0:
+            trainer.should_stop = True
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare the newest validation with the best."""
         if trainer.sanity_checking:

@@ -6,10 +6,10 @@ is the geometric (log-linear) pool; mixing probabilities is the linear pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -85,36 +85,39 @@ def fit_static_weights(
     space: Space = "hidden",
     floor: float = 0.01,
     steps: int = 30,
-    chunk: int = 512,
+    chunk: int = 64,
 ) -> StaticFit:
     """The weights on the simplex, each at least `floor`, that minimise the pool's mean loss.
 
     hidden: what each expert hands to the head, (T, d) an expert; weight: the head (V, d), or one an expert
     (then only `prob` can mix them); labels: (T,), -100 is left out. The problem is convex in both spaces.
 
-    Every step of the geometric pool costs N head products over all tokens. So Newton's method first converges
-    on every 16th token, where a step is cheap, and one or two steps on all of them remain.
+    A slope of the geometric pool costs N head products over all tokens, a loss one. So Newton's method first
+    converges on every 16th token, and a single step on all of them remains.
     """
     experts, heads, labels = _labelled(hidden, weight, labels)
     losses = [linear_cross_entropy(h, w, labels, chunk) for h, w in zip(experts, heads, strict=True)]
     nll = torch.stack(losses, dim=1).cpu().double()
-    start = torch.full((len(experts),), 1 / len(experts), dtype=torch.float64)
+    weights = torch.full((len(experts),), 1 / len(experts), dtype=torch.float64)
+    if floor * len(experts) > 1:
+        raise ValueError(f"floor {floor} is too high for {len(experts)} experts")
     if space == "prob":
-        return _newton(lambda w: _linear_model(-nll, w), start, nll, floor, steps)
-    head = heads[0]
-    if any(other is not head for other in heads):
+        problems: list[Problem] = [_LinearProblem(-nll)]
+    elif any(head is not heads[0] for head in heads):
         raise ValueError("experts with private heads have no common logits: fit them with space='prob'")
-    if len(labels) >= 16 * 1024:
-        few, few_labels = [h[::16] for h in experts], labels[::16]
-        start = _newton(
-            lambda w: _geometric_model(few, head, few_labels, w, chunk), start, nll, floor, steps
-        ).weights
-    return _newton(lambda w: _geometric_model(experts, head, labels, w, chunk), start, nll, floor, steps)
+    else:
+        strides = (16, 1) if len(labels) >= 16 * 1024 else (1,)
+        problems = [
+            _GeometricProblem([h[::n] for h in experts], heads[0], labels[::n], chunk) for n in strides
+        ]
+    for problem in problems:
+        weights, history = _newton(problem, weights, floor, steps)
+    return StaticFit(weights, history[-1], nll.mean(dim=0), history)
 
 
 @torch.no_grad()
 def usefulness(
-    hidden: Hidden, weight: Heads, labels: Tensor, reference: int | None = None, chunk: int = 512
+    hidden: Hidden, weight: Heads, labels: Tensor, reference: int | None = None, chunk: int = 64
 ) -> Usefulness:
     """Loss gap and mean KL of every expert to a reference expert, the best one where none is named.
 
@@ -134,57 +137,77 @@ def usefulness(
     return Usefulness(reference, nll - nll[reference], kl / len(labels))
 
 
-QuadraticModel = tuple[float, Tensor, Tensor]
+class Problem(Protocol):
+    """Mean loss of a pool as a function of constant weights (N,), fp64 on the CPU."""
+
+    def loss(self, weights: Tensor) -> float:
+        """Nats a token."""
+
+    def slopes(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient (N,) and Hessian (N, N)."""
 
 
-def _linear_model(log_p: Tensor, weights: Tensor) -> QuadraticModel:
-    """Mean loss, gradient (N,) and Hessian (N, N) of the linear pool; log_p (T, N) of the labels."""
-    pooled = (weights.log() + log_p).logsumexp(dim=1, keepdim=True)
-    ratio = (log_p - pooled).exp()
-    return -pooled.mean().item(), -ratio.mean(dim=0), ratio.T @ ratio / len(ratio)
+class _LinearProblem:
+    """-mean log sum_e w_e p_e, from log p_e of the labels (T, N)."""
+
+    def __init__(self, log_p: Tensor) -> None:
+        self.log_p = log_p
+
+    def loss(self, weights: Tensor) -> float:
+        return -self._pooled(weights).mean().item()
+
+    def slopes(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = (self.log_p - self._pooled(weights)).exp()
+        return -ratio.mean(dim=0), ratio.T @ ratio / len(ratio)
+
+    def _pooled(self, weights: Tensor) -> Tensor:
+        return (weights.log() + self.log_p).logsumexp(dim=1, keepdim=True)
 
 
-def _geometric_model(
-    experts: list[Tensor], head: Tensor, labels: Tensor, weights: Tensor, chunk: int
-) -> QuadraticModel:
-    """The same of the geometric pool: gradient E_p[l] - l_y and Hessian Cov_p(l), chunk by chunk."""
-    n, device = len(experts), labels.device
-    value, grad, hessian = 0.0, torch.zeros(n).double(), torch.zeros(n, n).double()
-    w = weights.to(device, torch.float32).unsqueeze(1)
-    for rows in torch.arange(len(labels), device=device).split(chunk):
-        logits = torch.stack([F.linear(h[rows], head).float() for h in experts], dim=1)
-        log_p = (w * logits).sum(dim=1).log_softmax(dim=-1)
-        p = log_p.exp().unsqueeze(1)
-        target = labels[rows].unsqueeze(1)
-        logits -= (p * logits).sum(dim=-1, keepdim=True)
-        value -= log_p.gather(1, target).sum().item()
-        grad -= logits.gather(2, target.unsqueeze(1).expand(-1, n, 1)).sum(dim=(0, 2)).cpu().double()
-        hessian += torch.einsum("tev,tfv->ef", p * logits, logits).cpu().double()
-    return value / len(labels), grad / len(labels), hessian / len(labels)
+class _GeometricProblem:
+    """Loss of the mixed hidden states, gradient E_p[l] - l_y and Hessian Cov_p(l), chunk by chunk."""
+
+    def __init__(self, experts: list[Tensor], head: Tensor, labels: Tensor, chunk: int) -> None:
+        self.hidden, self.head, self.labels, self.chunk = torch.stack(experts, dim=1), head, labels, chunk
+
+    def loss(self, weights: Tensor) -> float:
+        nll = linear_cross_entropy(self._mixed(self.hidden, weights), self.head, self.labels, self.chunk)
+        return nll.double().mean().item()
+
+    def slopes(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        n = len(weights)
+        grad, hessian = torch.zeros(n).double(), torch.zeros(n, n).double()
+        for rows in torch.arange(len(self.labels), device=self.labels.device).split(self.chunk):
+            logits = F.linear(self.hidden[rows], self.head).float()
+            p = self._mixed(logits, weights).softmax(dim=-1).unsqueeze(1)
+            logits -= (p * logits).sum(dim=-1, keepdim=True)
+            at_label = logits.gather(2, self.labels[rows].view(-1, 1, 1).expand(-1, n, 1))
+            grad -= at_label.sum(dim=(0, 2)).cpu().double()
+            hessian += ((p * logits) @ logits.transpose(1, 2)).sum(dim=0).cpu().double()
+        return grad / len(self.labels), hessian / len(self.labels)
+
+    def _mixed(self, x: Tensor, weights: Tensor) -> Tensor:
+        return (weights.to(x).unsqueeze(1) * x).sum(dim=1)
 
 
-def _newton(
-    model: Callable[[Tensor], QuadraticModel], start: Tensor, nll: Tensor, floor: float, steps: int
-) -> StaticFit:
-    """Newton steps inside the floored simplex, each halved until the loss falls."""
-    if floor * len(start) > 1:
-        raise ValueError(f"floor {floor} is too high for {len(start)} experts")
-    weights, (value, grad, hessian) = start, model(start)
-    history = [value]
+def _newton(problem: Problem, weights: Tensor, floor: float, steps: int) -> tuple[Tensor, list[float]]:
+    """Newton steps inside the floored simplex, each halved until the loss falls; the losses after them."""
+    history = [problem.loss(weights)]
     for _ in range(steps):
-        direction, promised = _best_step(weights, grad, hessian, floor)
-        if promised < 1e-8:
+        direction, promised = _best_step(weights, *problem.slopes(weights), floor)
+        if promised < 1e-7:
             break
-        step = 1.0
-        trial = model(weights + direction)
-        while trial[0] > value - 1e-4 * step * promised and step > 1e-3:
+        step, loss = 1.0, problem.loss(weights + direction)
+        while loss > history[-1] - 1e-4 * step * promised and step > 1e-3:
             step /= 2
-            trial = model(weights + step * direction)
-        if trial[0] >= value:
+            loss = problem.loss(weights + step * direction)
+        if loss >= history[-1]:
             break
-        weights, (value, grad, hessian) = weights + step * direction, trial
-        history.append(value)
-    return StaticFit(weights, value, nll.mean(dim=0), history)
+        weights = weights + step * direction
+        history.append(loss)
+        if promised < 1e-4:  # convergence is quadratic: nothing that matters is left behind such a step
+            break
+    return weights, history
 
 
 def _best_step(weights: Tensor, grad: Tensor, hessian: Tensor, floor: float) -> tuple[Tensor, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,14 @@ def tokenizer_maker(run: Run) -> Maker:
     if settings["kind"] not in ("bpe", "gpt2"):
         raise UserError(f"tokenizer.kind={settings['kind']} is not one of bpe, gpt2")
     needs = {"corpus": corpus} if settings["kind"] == "bpe" else {}
+    if settings["kind"] == "gpt2":
+        settings = {**settings, "hash": _given_tokenizer(settings["path"]).hash}
 
     def build(path: Path) -> dict[str, Any]:
         if settings["kind"] == "bpe":
             tokenizer = train_bpe(_training_texts(run, corpus), settings["vocab_size"])
         else:
-            tokenizer = gpt2_tokenizer(settings["path"])
+            tokenizer = _given_tokenizer(settings["path"])
         tokenizer.save(path / "tokenizer")
         return {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
 
@@ -101,6 +104,12 @@ def run(run: Run) -> dict[str, Any]:
     run.say(f"leakage report: {leakage}")
     write_json(run.dir / "tokens.json", report)
     return {"shards": str(path), "report": str(run.dir / "tokens.json")}
+
+
+@lru_cache
+def _given_tokenizer(path: str) -> Tokenizer:
+    """GPT-2's vocabulary: its content decides what comes of it, not where it lies."""
+    return gpt2_tokenizer(path)
 
 
 def _training_texts(run: Run, corpus: Maker) -> Any:

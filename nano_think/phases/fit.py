@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,15 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import (
-    LearningRateMonitor,
-    OnExceptionCheckpoint,
-)
+from lightning.pytorch.callbacks import LearningRateMonitor
 
 from nano_think.callbacks.dashboard import Dashboard
 from nano_think.callbacks.progress import StepProgress
 from nano_think.callbacks.reconstructions import Reconstructions
 from nano_think.callbacks.selection import ValidationSelection
+from nano_think.callbacks.step_seed import StepSeed
 from nano_think.data.module import TokenDataModule
+from nano_think.errors import UserError
 from nano_think.optim.schedule import capped_warmup
 from nano_think.phases.data import load_tokenizer
 from nano_think.phases.run import Maker, Run
@@ -28,6 +28,9 @@ from nano_think.tasks.base import FitTask
 from nano_think.tokenizer import Tokenizer
 
 MIN_STEPS_BETWEEN_VALIDATIONS = 100
+# Trainer settings that change what is seen of a fit, or where it runs, but not what comes out of it.
+WITHOUT_EFFECT = {"_target_", "accelerator", "log_every_n_steps", "enable_model_summary", "inference_mode"}
+WITHOUT_EFFECT |= {"profiler", "detect_anomaly", "max_steps", "max_epochs", "accumulate_grad_batches"}
 
 # Lightning's remarks on what is meant here: a fresh fit after a validation, frozen parts in eval mode.
 EXPECTED_WARNINGS = (
@@ -64,6 +67,9 @@ class Fit:
             self.training.setdefault("max_steps", None)
         else:
             self.training["max_steps"] = None
+        for key in ("max_steps", "max_epochs"):
+            if self.training[key] is not None and self.training[key] < 1:
+                raise UserError(f"{key}={self.training[key]} trains nothing: give at least 1")
         self.accumulate = self.trainer.get("accumulate_grad_batches") or training["accumulate"]
 
     @property
@@ -71,13 +77,12 @@ class Fit:
         """The values that decide the outcome, for the recipe."""
         keys = ("lr", "weight_decay", "warmup_steps", "batch_size", "max_epochs", "max_steps", "patience")
         cfg = self.run.cfg
-        outcome = ("max_time", "gradient_clip_val", "val_check_interval")
         return {
             **{key: self.training[key] for key in keys},
             "accumulate": self.accumulate,
             "optimizer": self.optimizer,
             "schedule": self.run.plain(cfg.schedule),
-            "trainer": {key: self.trainer.get(key) for key in outcome},
+            "trainer": {key: value for key, value in self.trainer.items() if key not in WITHOUT_EFFECT},
             "precision": cfg.precision,
             "seed": cfg.seed,
             "split": self.train_split,
@@ -135,13 +140,16 @@ class Fit:
         with warnings.catch_warnings():
             for message in EXPECTED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
-            if newest is None:
-                trainer.validate(task, datamodule=data, verbose=False)
-            else:
-                self.run.say(f"resuming {self.label} from {newest}")
-            trainer.fit(task, datamodule=data, ckpt_path=newest, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+            try:
+                if newest is None:
+                    trainer.validate(task, datamodule=data, verbose=False)
+                else:
+                    self.run.say(f"resuming {self.label} from {newest}")
+                trainer.fit(task, datamodule=data, ckpt_path=newest, weights_only=True)
+            except SystemExit as error:
+                # Lightning's answer to Ctrl+C: it exits the process and leaves it deaf to another one
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt from error
         return self._result(trainer, selection, per_epoch)
 
     def _trainer(
@@ -153,7 +161,7 @@ class Fit:
         interval = min(interval, max_steps)
         callbacks = [
             selection,
-            OnExceptionCheckpoint(work, filename="exception"),
+            StepSeed(self.run.cfg.seed),
             LearningRateMonitor("step"),
             StepProgress(self.run.console, self.label),
             Dashboard(list(getattr(task.network, "experts", {}))),
@@ -162,8 +170,10 @@ class Fit:
         if hasattr(task, "targets"):
             callbacks.append(Reconstructions(self.tokenizer(), seed=self.run.cfg.seed))
         own = ("max_epochs", "max_steps", "val_check_interval", "accumulate_grad_batches")
+        # whole optimizer steps: an epoch that ended between two would cut its last step short
+        settings = {"limit_train_batches": per_epoch * self.accumulate, **self.trainer}
         return instantiate(
-            {key: value for key, value in self.trainer.items() if key not in own},
+            {key: value for key, value in settings.items() if key not in own},
             callbacks=callbacks,
             logger=instantiate(self.run.cfg.logger, save_dir=str(folder)),
             max_steps=max_steps,
@@ -209,6 +219,6 @@ def resolve_precision(name: str) -> str:
 
 
 def _newest(work: Path) -> str | None:
-    """The newest state in `work`, an interrupted one included."""
+    """The newest state in `work`."""
     states = sorted(work.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     return str(states[-1]) if states else None

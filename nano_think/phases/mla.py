@@ -18,6 +18,7 @@ from torch import Tensor
 from nano_think.artifacts.build import build as build_network
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, save_fused
 from nano_think.artifacts.memory import Memory, build_memory, load_memory, save_memory
+from nano_think.artifacts.recipe import COMPLETE_MARK
 from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.evals.report import Table, render_table
@@ -44,6 +45,8 @@ def last_stage(run: Run) -> str:
 
 def mla_maker(run: Run, stage: str) -> Maker:
     """The fused model after `stage`, on top of the stage before it."""
+    if run.cfg.model.router.pool == "sequence":
+        raise UserError("router.pool=sequence reads later tokens: train with another, such as cummean")
     training = run.plain(run.cfg.training.mla)
     own = training["stages"].get(stage, {})
     numbers = {**training, "lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "max_steps": None, **own}
@@ -53,6 +56,7 @@ def mla_maker(run: Run, stage: str) -> Maker:
     if stage == "7a":
         needs |= {name: expert_maker(run.sub("expert", name), name) for name in run.cfg.expert.names}
         spec |= {"model": _model_settings(run), "static_tokens": training["static_tokens"]}
+        spec |= {"seq_len": run.cfg.size.seq_len, "mode": run.cfg.data.mode}
     else:
         needs["before"] = mla_maker(run, STAGES[STAGES.index(stage) - 1])
         keys = ("anchor", "entropy_token", "entropy_mean", "memory_dropout", "router_lr_scale")
@@ -217,11 +221,16 @@ def run(run: Run) -> dict[str, Any]:
     if len(run.cfg.expert.names) < 2:
         raise UserError("phase=mla mixes experts: use expert=all")
     maker = mla_maker(run, last_stage(run))
+    if run.cfg.stage == "all":
+        for _, made in stages_of(maker):
+            run.obtain(made, named=True)
     path = run.obtain(maker, named=True)
     published = run.publish(path, "nano_think")
     rows = []
     for stage, made in stages_of(maker):
-        provenance = json.loads((made.recipe.path(run.artifacts) / "provenance.json").read_text())
+        if not made.recipe.exists(run.artifacts):
+            continue  # an earlier stage that somebody deleted
+        provenance = json.loads((made.recipe.path(run.artifacts) / COMPLETE_MARK).read_text())
         result = provenance["result"]
         if stage == "7a":
             show_static(run, result)

@@ -7,12 +7,16 @@ make the same thing share it.
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module, metadata
@@ -31,9 +35,10 @@ from nano_think.errors import UserError
 from nano_think.files import atomic_dir, atomic_write, write_json
 
 # What only the phase named on the command line receives; everything else reaches prerequisites too.
-OWN_KEYS = frozenset(
-    ["phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run", "prompt", "prompt_file", "generate", "eval", "memory", "hydra", "prereq"]
-)
+OWN_KEYS = {"phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run"}
+OWN_KEYS |= {"prompt", "prompt_file", "generate", "eval", "memory", "hydra"}
+# Phases whose configuration has the numbers of the fused model.
+WITH_MLA = {"mla", "eval", "generate", "pipeline"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Run:
         self.cfg, self.overrides, self.dir, self.console = cfg, overrides, directory, console
         self.root = Path(cfg.run.root)
         self.artifacts = self.root / "artifacts"
-        self._mentioned: set[str] = set()
+        self.used: dict[str, str] = {}
 
     def say(self, message: str) -> None:
         """One line on the terminal."""
@@ -78,13 +83,14 @@ class Run:
 
     def sub(self, phase: str, expert: str | None = None) -> Run:
         """The run of a prerequisite phase: same data, sizes and seeds, its own optimizer and trainer."""
-        kept = [*self._handed_on(), f"phase={phase}"]
+        kept = [*self._handed_on(phase), f"phase={phase}"]
         prereq = self.plain(self.cfg.prereq)
         for name in (phase, expert):
             for key, value in _flat(prereq.get(name)):
-                kept.append(f"++{key}={value}" if "." in key else f"{key}={value}")
+                kept.append(f"{'++' * ('.' in key)}{key}={_literal(value)}")
         if self.cfg.expert_seed is not None and phase == "expert":
             kept.append(f"seed={self.cfg.expert_seed}")
+        kept = _last_of_each(kept)
         cfg = compose("config", kept)
         if expert is not None:
             # composed with the expert= of the whole run, so that overrides of any expert stay valid
@@ -94,15 +100,25 @@ class Run:
         return Run(cfg, kept, self.dir, self.console)
 
     def command(self, **choices: Any) -> str:
-        """The command line that makes a phase with what this run would hand on to it."""
+        """The command line that makes, for a phase, exactly what this run would make or need."""
         named = [f"{key}={value}" for key, value in choices.items() if value is not None]
-        expert = choices.get("expert")
-        kept = [o for o in self._handed_on() if _name(o) != "expert" and not _of_other_expert(o, expert)]
-        return " ".join(["python train.py", *named, *kept])
+        phase, expert = choices["phase"], choices.get("expert")
+        kept = self._handed_on(phase)
+        if phase == self.cfg.phase.name:
+            kept = [o for o in self.overrides if _group(o) in OWN_KEYS - {"run", "hydra"}] + kept
+        kept = [o for o in kept if _name(o) not in {*choices, "phase", "expert", "prerequisites"}]
+        kept = [o for o in kept if not _of_other_expert(o, expert)]
+        if str(self.root) != "outputs":
+            kept.append(f"run.root={_literal(str(self.root))}")
+        return shlex.join(["python", "train.py", *named, *kept])
 
-    def _handed_on(self) -> list[str]:
-        """The overrides that reach prerequisites."""
-        return [o for o in self.overrides if _name(o).split(".")[0] not in OWN_KEYS]
+    def _handed_on(self, phase: str) -> list[str]:
+        """The overrides that reach a run of `phase`, whatever else it is told."""
+        return [
+            o
+            for o in self.overrides
+            if _group(o) not in OWN_KEYS and (phase in WITH_MLA or not _name(o).startswith("training.mla."))
+        ]
 
     def obtain(self, maker: Maker, named: bool = False) -> Path:
         """The folder of an artefact, reused or built together with its needs.
@@ -113,9 +129,9 @@ class Run:
         recipe = maker.recipe
         path = recipe.path(self.artifacts)
         if recipe.exists(self.artifacts):
-            if recipe.hash not in self._mentioned:
+            if recipe.hash not in self.used:
                 self.say(f"[dim]reused {maker.kind} {recipe.hash}[/dim]")
-            self._mentioned.add(recipe.hash)
+            self.used[recipe.hash] = maker.kind
             return path
         if self.cfg.prerequisites == "require" and not named:
             raise UserError(f"{maker.kind} {recipe.hash} is missing: make it with `{maker.command}`")
@@ -130,7 +146,7 @@ class Run:
             write_json(temporary / COMPLETE_MARK, provenance)
         shutil.rmtree(self.work_dir(maker), ignore_errors=True)
         self.say(f"built {maker.kind} {recipe.hash} in {seconds} s")
-        self._mentioned.add(recipe.hash)
+        self.used[recipe.hash] = maker.kind
         return path
 
     def work_dir(self, maker: Maker) -> Path:
@@ -140,10 +156,17 @@ class Run:
     def publish(self, source: Path, name: str) -> Path:
         """Copy an artefact to `checkpoints/<name>`, the place that users and scripts name."""
         target = self.root / "checkpoints" / name
-        with atomic_dir(target.with_name(f"{name}.new")) as temporary:
+        fresh = target.with_name(f".{name}.{os.getpid()}-{time.time_ns()}.new")
+        with atomic_dir(fresh) as temporary:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        target.with_name(f"{name}.new").rename(target)
+        for attempts_left in reversed(range(5)):
+            shutil.rmtree(target, ignore_errors=True)
+            try:
+                fresh.rename(target)
+                break
+            except OSError:  # another process that publishes now has put its own there in between
+                if not attempts_left:
+                    raise
         return target
 
 
@@ -153,6 +176,8 @@ def run_phase(cfg: DictConfig) -> float | None:
     Returns the phase's `objective` (for sweepers), if it has one.
     """
     validate(cfg)
+    if cfg.phase.name == "expert" and cfg.expert_seed is not None:
+        cfg.seed = cfg.expert_seed
     job = HydraConfig.get()
     run = Run(cfg, list(job.overrides.task), Path(job.runtime.output_dir), console())
     run.dir.mkdir(parents=True, exist_ok=True)
@@ -164,9 +189,11 @@ def run_phase(cfg: DictConfig) -> float | None:
         result = getattr(import_module(module), name)(run)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        write_json(run.dir / "manifest.json", {**manifest, "status": status, "error": str(error)})
+        manifest |= {"status": status, "error": str(error), "artifacts": run.used}
+        write_json(run.dir / "manifest.json", manifest)
         raise
-    write_json(run.dir / "manifest.json", {**manifest, "status": "done", "result": result})
+    manifest |= {"status": "done", "artifacts": run.used, "result": result}
+    write_json(run.dir / "manifest.json", manifest)
     run.say(f"[dim]run folder: {run.dir}[/dim]")
     return result.get("objective")
 
@@ -178,21 +205,24 @@ def console() -> Console:
 
 def versions() -> dict[str, Any]:
     """Code, libraries and machine, for manifests."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     packages = {name: metadata.version(name) for name in ("torch", "lightning", "hydra-core", "tiktoken")}
     return {
         "nano_think": __version__,
-        "commit": commit or None,
+        "commit": _commit(),
         "python": sys.version.split()[0],
         "packages": packages,
         "machine": f"{platform.machine()}, {_processor()}",
     }
+
+
+def _commit() -> str | None:
+    """The commit of the code, None outside a checkout and without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() or None
 
 
 def _processor() -> str:
@@ -209,11 +239,32 @@ def _name(override: str) -> str:
     return override.lstrip("+~").split("=")[0]
 
 
+def _group(override: str) -> str:
+    """The first part of the key of an override."""
+    return _name(override).split(".")[0]
+
+
+def _last_of_each(overrides: Iterable[str]) -> list[str]:
+    """Of several overrides of one key the last: Hydra takes a group only once."""
+    return list({_name(override): override for override in overrides}.values())
+
+
 def _of_other_expert(override: str, expert: str | None) -> bool:
-    """Whether an override speaks of one expert while the command makes another."""
+    """Whether an override speaks of an expert that a command for `expert` does not know.
+
+    Each expert's settings come with the Transformer's, which it may need as teacher or for its table.
+    """
     group, _, rest = _name(override).partition(".")
     single = expert not in (None, "all")
-    return single and group in ("experts", "training", "per_size") and rest.split(".")[0] != expert
+    known = (expert, "transformer", "mla")
+    return single and group in ("experts", "training", "per_size") and rest.split(".")[0] not in known
+
+
+def _literal(value: Any) -> str:
+    """A plain value as Hydra's override grammar reads it back."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./:+-]+", value):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -61,12 +62,15 @@ class FitTask(L.LightningModule):
         return sums["loss"] / batch["labels"].numel()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the scaled sums of all micro-batches into the mean over their labels."""
+        """Turn the scaled sums of all micro-batches into the mean over their labels, those of all ranks."""
         constant = self.rows_times_length * self.trainer.accumulate_grad_batches
+        # The gradient is already the mean over ranks; a factor of each rank's own would drive them apart.
+        labels = torch.tensor(float(self._pending_labels), device=self.device)
+        labels = self.trainer.strategy.reduce(labels, reduce_op="mean")
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(constant / max(self._pending_labels, 1))
+                    parameter.grad.mul_(constant / max(float(labels), 1.0))
         self._pending_labels = 0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

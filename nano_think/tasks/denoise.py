@@ -106,7 +106,8 @@ class DenoiseTask(FitTask):
 
     def _generator(self, epoch: int, batch_idx: int) -> torch.Generator:
         """Noise of one batch: a pure function of seed, epoch (-1 for validation) and batch number."""
-        return torch.Generator().manual_seed(((self.seed * 10_007 + epoch + 1) << 32) + batch_idx)
+        number = ((self.seed * 10_007 + epoch + 1) << 32) + batch_idx
+        return torch.Generator().manual_seed(number % 2**63)
 
 
 @torch.no_grad()
@@ -116,7 +117,8 @@ def denoising_targets(network: ExpertLM, teacher: ExpertLM, batch: Batch) -> tup
     valid = labels != -100
     kind = network.expert.target
     if kind == "next_embed":
-        return network.embedding(labels.clamp_min(0)), valid
+        # the teacher's table, also where the network trains one of its own: a moving target would collapse
+        return teacher.embedding(labels.clamp_min(0)), valid
     hidden = teacher(batch["tokens"], FitTask.layout(batch), with_logits=False).hidden
     if kind == "hidden_next":
         follows = torch.zeros_like(valid)

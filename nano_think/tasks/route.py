@@ -49,7 +49,7 @@ class RouteTask(FitTask):
         seed: int = 0,
     ) -> None:
         super().__init__(network, optimizer, schedule, domains, byte_lengths)
-        if network.router.pool == "sequence":
+        if network.router.kind == "sequence":
             raise ValueError("router.pool=sequence sees future tokens: it is for analysis, not for training")
         self.stage, self.anchor, self.slots = stage, anchor, slots
         self.entropy_token, self.entropy_mean = entropy_token, entropy_mean
@@ -82,9 +82,14 @@ class RouteTask(FitTask):
         self.val_routing.update(weights, batch["domain"], batch["positions"], batch["labels"] != -100)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the language-model metrics and the routing statistics."""
+        """Log the language-model metrics and the routing statistics, weight against position among them."""
         super().on_validation_epoch_end()
         self.log_dict({name: value.float() for name, value in self.val_routing.compute().items()})
+        curve = self.val_routing.position_curve()
+        for (first, _), means in zip(self.val_routing.position_bins(), curve, strict=True):
+            if not means.isnan().any():
+                named = zip(self.val_routing.experts, means.float(), strict=True)
+                self.log_dict({f"routing/position/{first}/{name}": mean for name, mean in named})
         self.val_routing.reset()
 
     def configure_optimizers(self) -> object:

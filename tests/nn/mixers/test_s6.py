@@ -173,6 +173,21 @@ def test_pads_on_either_side_change_nothing(mixer: S6, left: int) -> None:
     assert padded.isfinite().all()
 
 
+def test_step_sizes_are_zero_at_pads_alone(mixer: S6, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    inner = S6._scan
+
+    def watch(self: S6, u: Tensor, selection: Selection, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        seen.append(selection.dt)
+        return inner(self, u, selection, starts)
+
+    monkeypatch.setattr(S6, "_scan", watch)
+    layout = layout_of([[-1, -1, 0, 0, 0, 1, 1, -1]])
+    mixer(normal(1, 8, D_MODEL), layout)
+    assert torch.equal((seen[0] == 0).all(-1), layout.pads)
+    assert (seen[0][~layout.pads] > 0).all()
+
+
 @pytest.mark.parametrize("pieces", [[1] * 20, [20], [3, 1, 1, 15], [CHUNK, 4], [1, CHUNK + 1, 2]])
 @pytest.mark.parametrize("max_rollback", [0, 4])
 def test_cached_equals_full(mixer: S6, pieces: list[int], max_rollback: int) -> None:

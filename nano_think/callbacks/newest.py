@@ -1,0 +1,82 @@
+"""The state that an interrupted fit goes on from, written only where training can be taken up exactly."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+
+class NewestState(Checkpoint):
+    """Saves <dirpath>/newest.ckpt every N optimizer steps, after each validation, and on Ctrl+C.
+
+    Only after a whole optimizer step whose validation, if one was due, is over: a state from the midst of a
+    step would lose accumulated gradients, and one from before a due validation would never make up for it.
+    So Ctrl+C lets the step in progress end, saves, and then raises KeyboardInterrupt; a second one does so
+    at once and leaves the last state saved.
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 200) -> None:
+        super().__init__()
+        self.path, self.every_n_train_steps = Path(dirpath) / "newest.ckpt", every_n_train_steps
+        self._saved_step = 0
+        self._asked_to_stop = False
+        self._handler: Any = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen for Ctrl+C, which only the main thread can."""
+        self._saved_step, self._asked_to_stop = trainer.global_step, False
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save at the interval or when asked to stop, unless a validation comes first."""
+        next_batch = trainer.fit_loop.total_batch_idx + 1
+        validates = trainer.should_stop or next_batch % trainer.val_check_batch == 0
+        if not validates and _step_is_whole(trainer):
+            due = trainer.global_step - self._saved_step >= self.every_n_train_steps
+            if due or self._asked_to_stop or trainer.received_sigterm:
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after a validation of the fit."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and _step_is_whole(trainer):
+            self._save(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hear Ctrl+C no longer."""
+        self._release()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Hear Ctrl+C no longer."""
+        self._release()
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved_step = trainer.global_step
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+
+    def _on_interrupt(self, signum: int, frame: Any) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+        print("\nending this step, then saving; Ctrl+C again stops at once", flush=True)
+
+    def _release(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
+
+
+def _step_is_whole(trainer: L.Trainer) -> bool:
+    """Whether no gradient waits for the other micro-batches of its optimizer step."""
+    return not trainer.fit_loop._should_accumulate()
