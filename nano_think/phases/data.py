@@ -44,7 +44,7 @@ def tokenizer_maker(run: Run) -> Maker:
         raise UserError(f"tokenizer.kind={settings['kind']} is not one of bpe, gpt2")
     needs = {"corpus": corpus} if settings["kind"] == "bpe" else {}
     if settings["kind"] == "gpt2":
-        settings = {**settings, "hash": _given_tokenizer(settings["path"]).hash}
+        settings["hash"] = _given_tokenizer(settings["path"]).hash
 
     def build(path: Path) -> dict[str, Any]:
         if settings["kind"] == "bpe":

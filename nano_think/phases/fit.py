@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import signal
 import warnings
@@ -27,6 +28,8 @@ from nano_think.phases.run import Maker, Run
 from nano_think.tasks.base import FitTask
 from nano_think.tokenizer import Tokenizer
 
+# A validation an epoch, in short runs about ten in all, but not more often than every 100 steps.
+VALIDATIONS = 10
 MIN_STEPS_BETWEEN_VALIDATIONS = 100
 # Trainer settings that change what is seen of a fit, or where it runs, but not what comes out of it.
 WITHOUT_EFFECT = {"_target_", "accelerator", "log_every_n_steps", "enable_model_summary", "inference_mode"}
@@ -132,10 +135,11 @@ class Fit:
         work: where the newest state is kept; with resume=auto a fit that finds one there goes on from it.
         """
         max_steps, per_epoch = self.steps(data)
-        selection = ValidationSelection(
-            self.training["patience"], capped_warmup(self.training["warmup_steps"], max_steps)
-        )
-        trainer = self._trainer(task, selection, max_steps, per_epoch, work)
+        interval = self._interval(max_steps, per_epoch)
+        # patience counts epochs, the callback validations
+        patience = math.ceil(self.training["patience"] * max(1.0, per_epoch / interval))
+        selection = ValidationSelection(patience, capped_warmup(self.training["warmup_steps"], max_steps))
+        trainer = self._trainer(task, selection, max_steps, interval, per_epoch, work)
         newest = _newest(work) if self.run.cfg.resume == "auto" else None
         with warnings.catch_warnings():
             for message in EXPECTED_WARNINGS:
@@ -152,13 +156,23 @@ class Fit:
                 raise KeyboardInterrupt from error
         return self._result(trainer, selection, per_epoch)
 
+    def _interval(self, max_steps: int, per_epoch: int) -> int:
+        """Optimizer steps from one validation to the next."""
+        often = min(per_epoch, max_steps // VALIDATIONS)
+        interval = self.trainer.get("val_check_interval") or max(often, MIN_STEPS_BETWEEN_VALIDATIONS)
+        return min(interval, max_steps)
+
     def _trainer(
-        self, task: FitTask, selection: ValidationSelection, max_steps: int, per_epoch: int, work: Path
+        self,
+        task: FitTask,
+        selection: ValidationSelection,
+        max_steps: int,
+        interval: int,
+        per_epoch: int,
+        work: Path,
     ) -> L.Trainer:
         folder = self.run.dir / "tensorboard" / self.label
         folder.mkdir(parents=True, exist_ok=True)
-        interval = self.trainer.get("val_check_interval") or max(per_epoch, MIN_STEPS_BETWEEN_VALIDATIONS)
-        interval = min(interval, max_steps)
         callbacks = [
             selection,
             StepSeed(self.run.cfg.seed),

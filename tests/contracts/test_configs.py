@@ -109,7 +109,7 @@ def test_a_glob_over_experiments_finds_every_file() -> None:
     # as `train.py` does with --config-dir
     search_path.append("command-line", f"file://{ROOT}")
     parser = OverridesParser.create(ConfigLoaderImpl(search_path))
-    swept = parser.parse_override("experiments=glob(*)")
+    (swept,) = parser.parse_overrides(["experiments=glob(*)"])
     assert sorted(swept.sweep_string_iterator()) == EXPERIMENTS
     assert {"demo", "seed_literal"} <= set(EXPERIMENTS)
 

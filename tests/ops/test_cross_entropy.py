@@ -17,11 +17,12 @@ def problem(rows: int = 3, length: int = 7, d: int = 5, vocab: int = 11):
     return hidden, weight, labels
 
 
+@pytest.mark.parametrize("kept", [0, 10**6])
 @pytest.mark.parametrize("chunk", [1, 4, 17, 2048])
-def test_values_and_gradients_equal_the_reference(chunk):
+def test_values_and_gradients_equal_the_reference(chunk, kept):
     hidden, weight, labels = problem()
     scale = torch.linspace(0.5, 2.0, labels.numel()).view(labels.shape)
-    mine = linear_cross_entropy(hidden, weight, labels, chunk)
+    mine = linear_cross_entropy(hidden, weight, labels, chunk, kept)
     reference = linear_cross_entropy_reference(hidden, weight, labels)
     torch.testing.assert_close(mine, reference)
     got = torch.autograd.grad((mine * scale).sum(), (hidden, weight))
@@ -71,5 +72,36 @@ def test_no_tensor_of_all_logits_is_saved():
             return out
 
     with Watch():
-        linear_cross_entropy(hidden, weight, labels, chunk=8).sum().backward()
+        linear_cross_entropy(hidden, weight, labels, chunk=8, kept=0).sum().backward()
     assert largest == 8 * 50
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_side_gets_no_gradient_and_does_not_change_the_other(frozen):
+    hidden, weight, labels = problem()
+    want = dict(
+        zip(
+            ("hidden", "weight"),
+            torch.autograd.grad(
+                linear_cross_entropy_reference(hidden, weight, labels).sum(), (hidden, weight)
+            ),
+            strict=True,
+        )
+    )
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    linear_cross_entropy(hidden, weight, labels).sum().backward()
+    assert (hidden if frozen == "hidden" else weight).grad is None
+    moving = "weight" if frozen == "hidden" else "hidden"
+    torch.testing.assert_close((weight if moving == "weight" else hidden).grad, want[moving])
+
+
+def test_under_bf16_autocast_gradients_stay_close_and_of_the_parameter_dtype():
+    hidden, weight, labels = problem(rows=8, length=16, d=32, vocab=64)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = linear_cross_entropy(hidden, weight, labels)
+    assert mine.dtype == torch.float32
+    got = torch.autograd.grad(mine.sum(), (hidden, weight))
+    want = torch.autograd.grad(linear_cross_entropy_reference(hidden, weight, labels).sum(), (hidden, weight))
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.02 * other.norm()
