@@ -12,10 +12,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-##@ set-up
+# --- set-up
 setup: $(INSTALLED)  ## create .venv and install everything (phase 0)
+	@echo "installed in $(VENV)"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nano_think needs Python 3.11 or newer: make PYTHON=python3.11 setup")'
@@ -24,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev]'
 	@touch $@
 
-##@ from text to samples
+# --- from text to samples
 data: $(INSTALLED)  ## corpus, splits, token shards and their reports (phase 1)
 	$(TRAIN) phase=data $(ARGS)
 
@@ -59,7 +60,7 @@ sweep: $(INSTALLED)  ## two optimizers times two seeds, one folder a job
 tensorboard: $(INSTALLED)  ## serve the dashboards of all runs
 	$(BIN)/python -m tensorboard.main --logdir outputs $(ARGS)
 
-##@ quality
+# --- quality
 test: $(INSTALLED)  ## all fast tests
 	$(PYTEST) -n 2 -m "not slow" $(ARGS)
 
@@ -80,7 +81,7 @@ bench: $(INSTALLED)  ## time the scan backends and attention, side by side (phas
 clean:  ## remove everything under outputs/: runs, artefacts, checkpoints
 	find outputs -mindepth 1 ! -name .gitkeep -delete
 
-##@ the phases of the plan, by number
+# --- the phases of the plan, by number
 phase0: setup  ## = setup
 phase1: data  ## = data
 phase2: $(INSTALLED)  ## tests of the three experts

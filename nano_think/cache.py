@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -124,7 +124,8 @@ class Cache:
         """One state a layer, named by its number."""
         return cls(**{str(i): state for i, state in enumerate(states)})
 
-    def __getitem__(self, name: str | int) -> State:
+    def __getitem__(self, name: str | int) -> Any:
+        """The state of one part; what can be done with it beyond `State` is that part's business."""
         return self.states[str(name)]
 
     @property

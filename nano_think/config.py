@@ -162,7 +162,9 @@ def _compose(overrides: list[str], config_dir: Path) -> DictConfig:
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Flags of Hydra (with their values) and overrides."""
-    flags, overrides, takes_value = [], [], False
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes_value = False
     for argument in arguments:
         is_flag = takes_value or argument.startswith("-")
         (flags if is_flag else overrides).append(argument)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from nano_think.ops.layout import Layout
 
 Fusion = Literal["hidden", "prob", "logit"]
 ExpertInput = Literal["context", "raw"]
-Part = nn.Module | Callable[..., nn.Module]
+Part: TypeAlias = nn.Module | Callable[..., nn.Module]
 
 
 @dataclass(frozen=True)

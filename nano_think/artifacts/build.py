@@ -67,7 +67,7 @@ def complete(spec: Any) -> Any:
 
 def signature_defaults(target: Any) -> dict[str, Any]:
     """Keyword defaults of a callable that are plain values (numbers, strings, booleans, None, lists of these)."""
-    defaults = {}
+    defaults: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         default = parameter.default
         if default is None or isinstance(default, bool | int | float | str):

@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from nano_think.ops.seeding import mixed_seed
+
 
 class StepSeed(L.Callback):
     """Seeds torch's global generator before every training batch, so that a resumed fit draws what it would have.
@@ -22,4 +24,4 @@ class StepSeed(L.Callback):
     ) -> None:
         """Seed by (seed, batches done so far, rank)."""
         done = trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        torch.manual_seed((((self.seed << 32) + done) * trainer.world_size + trainer.global_rank) % 2**63)
+        torch.manual_seed(mixed_seed(self.seed, done, trainer.global_rank))

@@ -68,7 +68,7 @@ class Session:
         return self.memory.store.count(self.number)
 
     def append(self, checkpoint: Checkpoint, tokens: list[int]) -> int:
-        """Remember a finished sequence; returns how many records it made (complete chunks that something follows)."""
+        """Remember a finished sequence; returns its number of records: complete chunks that something follows."""
         ids = torch.tensor([tokens])
         hidden = fused_hidden(checkpoint.model, ids)
         memory = self.memory
@@ -109,7 +109,7 @@ def continue_text(
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     if len(tokens) > context:
         raise UserError(
-            f"the prompt has {len(tokens) - 1} tokens, this model's context holds {context - 1}: shorten the prompt"
+            f"the prompt has {len(tokens) - 1} tokens, this model's context holds {context - 1}: shorten it"
         )
     names = list(getattr(model, "experts", {}))
     printer = TokenPrinter(tokenizer.token_bytes, names, stream) if stream is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,8 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = RMSNorm(d_model)
         self.mixer = mixer(d_model=d_model)
-        self.ffn_norm = RMSNorm(d_model) if ffn else None
-        self.ffn = ffn(d_model=d_model) if ffn else None
+        self.ffn_norm: Any = RMSNorm(d_model) if ffn else None
+        self.ffn: Any = ffn(d_model=d_model) if ffn else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:

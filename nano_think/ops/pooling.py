@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +73,8 @@ class Usefulness:
         return self.gap < self.kl
 
 
-Hidden = Mapping[str, Tensor] | Sequence[Tensor]
-Heads = Tensor | Sequence[Tensor]
+Hidden: TypeAlias = Mapping[str, Tensor] | Sequence[Tensor]
+Heads: TypeAlias = Tensor | Sequence[Tensor]
 
 
 @torch.no_grad()

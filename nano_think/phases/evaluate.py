@@ -43,7 +43,13 @@ class Evaluation:
         self.checkpoint = model_of(run)
         shards = shards_maker(run)
         run.obtain(shards)
-        numbers = {"lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "accumulate": 1, "patience": 0}
+        numbers: dict[str, Any] = {
+            "lr": 0.0,
+            "weight_decay": 0.0,
+            "warmup_steps": 0,
+            "accumulate": 1,
+            "patience": 0,
+        }
         numbers |= {"batch_size": self.settings["batch_size"], "max_epochs": 1, "max_steps": None}
         self.data: TokenDataModule = Fit(run, shards, numbers, "eval", train_split="expert_train").data()
         require_same_tokenizer(self.checkpoint, self.data.tokenizer_hash)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nano_think.artifacts.memory import Memory
 from nano_think.chunks import complete_chunks
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.evals.bootstrap import bootstrap, paired_difference
@@ -92,7 +93,8 @@ def _verdicts(evaluation: Evaluation, losses: dict[str, DocumentLosses]) -> None
         )
         facts["fused vs best expert"] = difference.verdict
         lines.append(
-            f"- The mixture is **{difference.verdict}** than the best single expert, {best} ({difference:+.3f} nats)."
+            f"- The mixture is **{difference.verdict}** than the best single expert, {best} "
+            f"({difference:+.3f} nats)."
         )
     lines = [line.replace("**not distinguishable** than", "**not distinguishable** from") for line in lines]
     evaluation.report.text("\n".join(lines)).json({"verdicts": facts})
@@ -128,11 +130,8 @@ def routing(evaluation: Evaluation) -> None:
     analysis = analyse_routing(collected, n_resamples=evaluation.settings["resamples"])
     values = {name: float(value) for name, value in stats.compute().items()}
     static = evaluation.results().get("mla_7a", {}).get("weights", {})
-    rows = [
-        [name, static.get(name, ""), values[f"routing/{name}/mean"], values[f"routing/{name}/std"]]
-        + [values[f"routing/{name}/argmax_share"]]
-        for name in names
-    ]
+    columns = ("mean", "std", "argmax_share")
+    rows = [[name, static.get(name, ""), *(values[f"routing/{name}/{c}"] for c in columns)] for name in names]
     report.heading("Routing")
     report.table(
         ["expert", "static weight", "mean", "deviation", "share of tokens where it leads"],
@@ -193,11 +192,12 @@ def retrieval(evaluation: Evaluation) -> None:
         where = memory.store.lookup(found)["domain"]
         same += int(((where == domain.numpy()[:, None]) & (where >= 0)).sum())
         layout = Layout(batch["positions"], batch["segments"])
+        assert model.mla is not None  # a model with memory reads it there
         real, empty = model.mla.slot_mass(model.embedding(batch["tokens"]), layout, slots)
         seeing = (slots.index >= 0).unsqueeze(1).expand_as(real)
         mass, null = mass + float(real[seeing].sum()), null + float(empty[seeing].sum())
         tokens += int(seeing.sum())
-        shown += _hit_texts(evaluation, batch) if len(shown) < HITS_SHOWN else []
+        shown += _hit_texts(evaluation, memory, batch) if len(shown) < HITS_SHOWN else []
     report = evaluation.report.heading("Memory")
     report.text(
         f"{len(memory.store):,} records. {hits / max(queries, 1):.2f} valid hits a query of {memory.retriever.k} "
@@ -208,10 +208,9 @@ def retrieval(evaluation: Evaluation) -> None:
     report.table(["domain", "asked with", "nearest record"], shown[:HITS_SHOWN], title="Retrieved passages")
 
 
-def _hit_texts(evaluation: Evaluation, batch: dict[str, torch.Tensor]) -> list[list[Any]]:
+def _hit_texts(evaluation: Evaluation, memory: Memory, batch: dict[str, torch.Tensor]) -> list[list[Any]]:
     """Query chunk and text of its best hit, one row a batch."""
-    memory, tokenizer = evaluation.memory, evaluation.tokenizer
-    layout = Layout(batch["positions"], batch["segments"])
+    tokenizer, layout = evaluation.tokenizer, Layout(batch["positions"], batch["segments"])
     chunks = complete_chunks(batch["tokens"], layout, memory.retriever.chunk)
     if len(chunks.tokens) == 0:
         return []
@@ -297,10 +296,9 @@ def training(evaluation: Evaluation) -> None:
         steps, losses = zip(*value["history"], strict=True)
         curves[kind] = (steps, losses)
         falling = value["last_relative_improvement"]
-        rows.append(
-            [kind, value["steps"], value["epochs"], value["tokens"], value["best_step"], value["val_loss"]]
-            + ["" if falling is None else f"{falling:.2%}", value["peak_memory_gb"]]
-        )
+        keys = ("steps", "epochs", "tokens", "best_step", "val_loss")
+        improvement = "" if falling is None else f"{falling:.2%}"
+        rows.append([kind, *(value[key] for key in keys), improvement, value["peak_memory_gb"]])
     headers = [
         "what",
         "steps",

@@ -11,7 +11,8 @@ from torch import Tensor
 from nano_think.metrics.denoising import DenoisingError
 from nano_think.model import ExpertLM
 from nano_think.ops.cross_entropy import linear_cross_entropy
-from nano_think.ops.diffusion import sample_timesteps
+from nano_think.ops.diffusion import TimeSampler, sample_timesteps
+from nano_think.ops.seeding import mixed_seed
 from nano_think.tasks.base import Batch, FitTask, OptimizerFactory, ScheduleFactory
 
 NUM_BUCKETS = 10
@@ -36,7 +37,7 @@ class DenoiseTask(FitTask):
         teacher: ExpertLM,
         mse_weight: float = 1.0,
         ce_weight: float = 1.0,
-        time_sampler: str = "uniform",
+        time_sampler: TimeSampler = "uniform",
         seed: int = 0,
     ) -> None:
         super().__init__(network, optimizer, schedule, domains, byte_lengths)
@@ -106,8 +107,7 @@ class DenoiseTask(FitTask):
 
     def _generator(self, epoch: int, batch_idx: int) -> torch.Generator:
         """Noise of one batch: a pure function of seed, epoch (-1 for validation) and batch number."""
-        number = ((self.seed * 10_007 + epoch + 1) << 32) + batch_idx
-        return torch.Generator().manual_seed(number % 2**63)
+        return torch.Generator().manual_seed(mixed_seed(self.seed, epoch, batch_idx))
 
 
 @torch.no_grad()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nano_think.metrics.routing import RoutingStats, entropy
 from nano_think.model import NanoThink
+from nano_think.ops.seeding import mixed_seed
 from nano_think.optim.anchor import AnchoredDecay
 from nano_think.tasks.base import Batch, FitTask, OptimizerFactory, ScheduleFactory
 
@@ -20,7 +22,7 @@ TRAINABLE = {
 }
 MEMORY_PART = ".slots."
 
-SlotSource = Callable[[Batch], object]
+SlotSource = Callable[[Batch], Any]
 
 
 class RouteTask(FitTask):
@@ -100,17 +102,18 @@ class RouteTask(FitTask):
             AnchoredDecay(table, self._reference[0], self.anchor).attach(configured["optimizer"])
         return configured
 
-    def _forward(self, batch: Batch, memory: object) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: Batch, memory: Any) -> tuple[Tensor, Tensor]:
         output = self.network(batch["tokens"], self.layout(batch), memory, with_logits=False)
         return self.network.nll(output, batch["labels"]), output.weights
 
-    def _slots(self, batch: Batch, dropout: float) -> object:
+    def _slots(self, batch: Batch, dropout: float) -> Any:
         if self.slots is None:
             return None
         memory = self.slots(batch)
         if memory is None or not dropout:
             return memory
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.trainer.fit_loop.total_batch_idx)
+        seed = mixed_seed(self.seed, self.trainer.fit_loop.total_batch_idx)
+        generator = torch.Generator().manual_seed(seed)
         keep = torch.rand(len(batch["tokens"]), generator=generator) >= dropout
         return memory.dropped(keep.to(batch["tokens"].device))
 
