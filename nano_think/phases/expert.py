@@ -101,9 +101,10 @@ def _table_and_teacher(run: Run, maker: Maker, vocab_size: int) -> tuple[nn.Embe
 
 def run(run: Run) -> dict[str, Any]:
     """`phase=expert`: make every expert that `expert=` names, publish each by name."""
-    made = {}
+    made, losses = {}, {}
     for name in run.cfg.expert.names:
         path = run.obtain(expert_maker(run, name), named=True)
+        losses[name] = run.result_of(path)["val_loss"]
         made[name] = str(run.publish(path, f"{name}_expert"))
-        run.say(f"[bold]{name}[/bold]: {made[name]}")
-    return {"checkpoints": made}
+        run.say(f"[bold]{name}[/bold]: validation loss {losses[name]:.4f}, {made[name]}")
+    return {"checkpoints": made, "val_loss": losses, "objective": sum(losses.values()) / len(losses)}

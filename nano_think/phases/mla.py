@@ -18,7 +18,6 @@ from torch import Tensor
 from nano_think.artifacts.build import build as build_network
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, save_fused
 from nano_think.artifacts.memory import Memory, build_memory, load_memory, save_memory
-from nano_think.artifacts.recipe import COMPLETE_MARK
 from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.evals.report import Table, render_table
@@ -55,7 +54,7 @@ def mla_maker(run: Run, stage: str) -> Maker:
     needs: dict[str, Maker] = {"shards": fit.shards}
     if stage == "7a":
         needs |= {name: expert_maker(run.sub("expert", name), name) for name in run.cfg.expert.names}
-        spec |= {"model": _model_settings(run), "static_tokens": training["static_tokens"]}
+        spec |= {"model": model_settings(run), "static_tokens": training["static_tokens"]}
         spec |= {"seq_len": run.cfg.size.seq_len, "mode": run.cfg.data.mode}
     else:
         needs["before"] = mla_maker(run, STAGES[STAGES.index(stage) - 1])
@@ -72,7 +71,7 @@ def mla_maker(run: Run, stage: str) -> Maker:
     return maker
 
 
-def _model_settings(run: Run) -> dict[str, Any]:
+def model_settings(run: Run) -> dict[str, Any]:
     """MLA, router and fusion as plain values; private tables force raw input and probability space."""
     settings = {key: run.plain(run.cfg.model[key]) for key in ("mla", "router", "fusion", "expert_input")}
     settings["mla"] = {**settings["mla"], "memory": run.cfg.model.retrieval.k > 0}
@@ -81,34 +80,38 @@ def _model_settings(run: Run) -> dict[str, Any]:
     return settings
 
 
-def _assemble(maker: Maker, experts: dict[str, Checkpoint]) -> tuple[NanoThink, dict[str, Any]]:
-    """The fused model around pre-trained experts, and its spec."""
-    first = next(iter(experts.values()))
-    settings = maker.spec["model"]
-    private = settings["fusion"]["space"] == "prob" and settings["expert_input"] == "raw" and _private(maker)
+def fused_spec(
+    settings: dict[str, Any], experts: dict[str, Any], vocab_size: int, d_model: int, own_tables: bool
+) -> dict[str, Any]:
+    """The spec of a `NanoThink` of expert specs by name; own_tables: they were trained with private ones."""
     spec = {
         "_target_": "nano_think.model.NanoThink",
-        "experts": {name: checkpoint.spec["expert"] for name, checkpoint in experts.items()},
-        "vocab_size": first.model.vocab_size,
-        "d_model": first.model.embedding.embedding_dim,
+        "experts": experts,
+        "vocab_size": vocab_size,
+        "d_model": d_model,
         "mla": settings["mla"],
         "router": {**settings["router"], "num_experts": len(experts)},
         "fusion": settings["fusion"]["space"],
         "expert_input": settings["expert_input"],
     }
-    if private:
-        table = {
-            "_target_": "torch.nn.Embedding",
-            "num_embeddings": spec["vocab_size"],
-            "embedding_dim": spec["d_model"],
-        }
+    if own_tables and (spec["fusion"], spec["expert_input"]) == ("prob", "raw"):
+        table = {"_target_": "torch.nn.Embedding", "num_embeddings": vocab_size, "embedding_dim": d_model}
         spec["tables"] = {name: dict(table) for name in experts}
+    return spec
+
+
+def _assemble(maker: Maker, experts: dict[str, Checkpoint]) -> tuple[NanoThink, dict[str, Any]]:
+    """The fused model around pre-trained experts, and its spec."""
+    first = next(iter(experts.values())).model
+    specs = {name: checkpoint.spec["expert"] for name, checkpoint in experts.items()}
+    settings, d_model = maker.spec["model"], first.embedding.embedding_dim
+    spec = fused_spec(settings, specs, first.vocab_size, d_model, _private(maker))
     model = build_network(spec)
     for name, checkpoint in experts.items():
         model.experts[name].load_state_dict(checkpoint.model.expert.state_dict())
-        if private:
+        if name in model.tables:
             model.tables[name].load_state_dict(checkpoint.model.embedding.state_dict())
-    model.embedding.load_state_dict(first.model.embedding.state_dict())
+    model.embedding.load_state_dict(first.embedding.state_dict())
     model.freeze_experts()
     return model, spec
 
@@ -230,8 +233,7 @@ def run(run: Run) -> dict[str, Any]:
     for stage, made in stages_of(maker):
         if not made.recipe.exists(run.artifacts):
             continue  # an earlier stage that somebody deleted
-        provenance = json.loads((made.recipe.path(run.artifacts) / COMPLETE_MARK).read_text())
-        result = provenance["result"]
+        result = run.result_of(made.recipe.path(run.artifacts))
         if stage == "7a":
             show_static(run, result)
         else:

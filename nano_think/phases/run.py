@@ -25,6 +25,7 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -72,6 +73,7 @@ class Run:
         self.root = Path(cfg.run.root)
         self.artifacts = self.root / "artifacts"
         self.used: dict[str, str] = {}
+        self.sweeping = False
 
     def say(self, message: str) -> None:
         """One line on the terminal."""
@@ -153,8 +155,18 @@ class Run:
         """Where a build keeps what a restart continues from; gone once the artefact is complete."""
         return self.artifacts / ".work" / f"{maker.kind}-{maker.recipe.hash}"
 
+    @staticmethod
+    def result_of(artifact: Path) -> dict[str, Any]:
+        """What the build of an artefact recorded about itself."""
+        return json.loads((artifact / COMPLETE_MARK).read_text())["result"]
+
     def publish(self, source: Path, name: str) -> Path:
-        """Copy an artefact to `checkpoints/<name>`, the place that users and scripts name."""
+        """Copy an artefact to `checkpoints/<name>`, the place that users and scripts name; returns that place.
+
+        The jobs of a sweep keep their artefacts where they are: one name cannot hold them all.
+        """
+        if self.sweeping:
+            return source
         target = self.root / "checkpoints" / name
         fresh = target.with_name(f".{name}.{os.getpid()}-{time.time_ns()}.new")
         with atomic_dir(fresh) as temporary:
@@ -180,6 +192,7 @@ def run_phase(cfg: DictConfig) -> float | None:
         cfg.seed = cfg.expert_seed
     job = HydraConfig.get()
     run = Run(cfg, list(job.overrides.task), Path(job.runtime.output_dir), console())
+    run.sweeping = job.mode == RunMode.MULTIRUN
     run.dir.mkdir(parents=True, exist_ok=True)
     atomic_write(run.dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     manifest = {"command": ["train.py", *run.overrides], "seed": cfg.seed, **versions(), "status": "running"}

@@ -1,8 +1,7 @@
-"""What the contract tests share: the repository, its commands, and configurations as a run would see them."""
+"""What the contract tests share: configurations as a run would see them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def root() -> Path:
-    """The root of the repository."""
-    return ROOT
-
-
-@pytest.fixture(scope="session")
 def composed() -> Callable[..., DictConfig]:
     """`composed("phase=mla", "size=tiny")`: the unresolved configuration of a command line."""
 
@@ -34,15 +27,3 @@ def composed() -> Callable[..., DictConfig]:
             return compose("config", [*checked, f"hydra.searchpath=[file://{ROOT}]"])
 
     return made
-
-
-@pytest.fixture(scope="session")
-def bash_blocks() -> Callable[[Path], list[str]]:
-    """The command lines of all fenced bash blocks of a Markdown file, without comments."""
-
-    def lines(path: Path) -> list[str]:
-        blocks = re.findall(r"^```bash\n(.*?)^```", path.read_text(), flags=re.M | re.S)
-        joined = "\n".join(blocks).replace("\\\n", " ")
-        return [line for line in joined.splitlines() if line.strip() and not line.startswith("#")]
-
-    return lines
