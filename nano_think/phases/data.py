@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nano_think.data.corpus import Corpus
+from nano_think.data.module import TokenDataModule
 from nano_think.data.prepare import prepare_corpus
 from nano_think.data.report import report_table, shard_report
 from nano_think.data.shards import Shards, build_shards
@@ -89,6 +90,24 @@ def load_tokenizer(run: Run, maker: Maker) -> Tokenizer:
 def load_shards(run: Run, maker: Maker) -> Shards:
     """An existing shards artefact."""
     return Shards(maker.recipe.path(run.artifacts) / "shards")
+
+
+def loader_settings(run: Run) -> dict[str, Any]:
+    """How rows are drawn and laid out: what `data.*` says besides the source."""
+    return {key: run.plain(run.cfg.data[key]) for key in ("mixing", "temperature", "mode", "val_rows")}
+
+
+def data_module(run: Run, shards: Maker, batch_size: int, train_split: str) -> TokenDataModule:
+    """The one data module of every phase, on the shards of this run."""
+    return TokenDataModule(
+        shards.recipe.path(run.artifacts) / "shards",
+        seq_len=run.cfg.size.seq_len,
+        batch_size=batch_size,
+        train_split=train_split,
+        num_workers=run.cfg.data.num_workers,
+        seed=run.cfg.seed,
+        **loader_settings(run),
+    )
 
 
 def run(run: Run) -> dict[str, Any]:

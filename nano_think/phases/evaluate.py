@@ -14,7 +14,6 @@ import torch
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, require_same_tokenizer
 from nano_think.artifacts.memory import Memory, load_memory
-from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.evals.losses import DocumentLosses, NllFunction, evaluate_models
 from nano_think.evals.ngram import KneserNey
@@ -23,8 +22,7 @@ from nano_think.evals.report import Report, render_table
 from nano_think.model import ExpertLM
 from nano_think.ops.layout import Layout
 from nano_think.phases import sections
-from nano_think.phases.data import shards_maker
-from nano_think.phases.fit import Fit
+from nano_think.phases.data import data_module, load_corpus, shards_maker
 from nano_think.phases.generate import model_of
 from nano_think.phases.run import Run
 
@@ -43,17 +41,10 @@ class Evaluation:
         self.checkpoint = model_of(run)
         shards = shards_maker(run)
         run.obtain(shards)
-        numbers: dict[str, Any] = {
-            "lr": 0.0,
-            "weight_decay": 0.0,
-            "warmup_steps": 0,
-            "accumulate": 1,
-            "patience": 0,
-        }
-        numbers |= {"batch_size": self.settings["batch_size"], "max_epochs": 1, "max_steps": None}
-        self.data: TokenDataModule = Fit(run, shards, numbers, "eval", train_split="expert_train").data()
+        self.data = data_module(run, shards, self.settings["batch_size"], train_split="expert_train")
         require_same_tokenizer(self.checkpoint, self.data.tokenizer_hash)
         self.domains, self.tokenizer = self.data.domains, self.checkpoint.tokenizer
+        self.corpus = load_corpus(run, shards.needs["corpus"]).manifest
         self.report = Report(f"Evaluation of {self.checkpoint.name} on {self.settings['split']}")
         self.figures = run.dir / "figures"
         self.figures.mkdir(parents=True, exist_ok=True)
@@ -106,6 +97,7 @@ def run(run: Run) -> dict[str, Any]:
     """Losses with intervals, differences, routing, knock-outs, retrieval, samples; one report."""
     evaluation = Evaluation(run)
     run.say(f"evaluating {evaluation.checkpoint.path} on {evaluation.settings['split']}")
+    sections.setting(evaluation)
     losses = _losses(evaluation)
     sections.loss_tables(evaluation, losses)
     if evaluation.fused:

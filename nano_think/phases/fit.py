@@ -23,7 +23,7 @@ from nano_think.callbacks.step_seed import StepSeed
 from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.optim.schedule import capped_warmup
-from nano_think.phases.data import load_tokenizer
+from nano_think.phases.data import data_module, load_tokenizer
 from nano_think.phases.run import Maker, Run
 from nano_think.tasks.base import FitTask
 from nano_think.tokenizer import Tokenizer
@@ -90,23 +90,12 @@ class Fit:
             "seed": cfg.seed,
             "split": self.train_split,
             "seq_len": cfg.size.seq_len,
-            "loader": {
-                key: self.run.plain(cfg.data[key]) for key in ("mixing", "temperature", "mode", "val_rows")
-            },
+            "loader": loader_settings(self.run),
         }
 
     def data(self) -> TokenDataModule:
         """The one data module of every phase, on the shards of this run."""
-        loader = self.spec["loader"]
-        return TokenDataModule(
-            self.shards.recipe.path(self.run.artifacts) / "shards",
-            seq_len=self.run.cfg.size.seq_len,
-            batch_size=self.training["batch_size"],
-            train_split=self.train_split,
-            num_workers=self.run.cfg.data.num_workers,
-            seed=self.run.cfg.seed,
-            **loader,
-        )
+        return data_module(self.run, self.shards, self.training["batch_size"], self.train_split)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the shards."""

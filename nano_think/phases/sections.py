@@ -28,6 +28,7 @@ from nano_think.metrics.denoising import DenoisingError
 from nano_think.metrics.routing import RoutingStats
 from nano_think.ops.cross_entropy import linear_cross_entropy
 from nano_think.ops.layout import Layout
+from nano_think.phases.run import versions
 from nano_think.tasks.denoise import NUM_BUCKETS, denoising_targets
 from nano_think.vector_records import Reader
 
@@ -38,6 +39,28 @@ DDIM_STEPS = (1, 2, 4, 10)
 PROBE_ROWS = 8
 HITS_SHOWN = 6
 STILL_FALLING = 0.01
+
+
+def setting(evaluation: Evaluation) -> None:
+    """What was evaluated on which text, by which code, so that the report can be made again."""
+    run, corpus, made = evaluation.run, evaluation.corpus, versions()
+    synthetic = [name for name, flag in corpus["synthetic"].items() if flag]
+    kind = f"{evaluation.checkpoint.kind}, {evaluation.checkpoint.provenance.get('hash', 'no hash')}"
+    rows = [
+        ["checkpoint", f"{evaluation.checkpoint.name} ({kind})"],
+        ["command", run.command(phase=run.cfg.phase.name, expert=run.cfg.expert.name)],
+        ["seed", run.cfg.seed],
+        ["text", f"{corpus['source']['name']}, corpus {corpus['hash'][:12]}"],
+        ["synthetic domains", ", ".join(synthetic) or "none"],
+        ["code", f"nano_think {made['nano_think']}, commit {made['commit']}"],
+        ["machine", made["machine"]],
+    ]
+    evaluation.report.table(["", "setting"], rows)
+    if synthetic:
+        evaluation.report.text(
+            f"**Synthetic text**: {', '.join(synthetic)} come from seeded grammars. Their losses say that the "
+            "pipeline works, not how well the model knows English."
+        )
 
 
 def loss_tables(evaluation: Evaluation, losses: dict[str, DocumentLosses]) -> None:

@@ -22,8 +22,17 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.M | re.S)
 LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
 TRAIN = [line for line in LINES if line.startswith("python train.py")]
 MAKE = [line for line in LINES if line.startswith("make ")]
-SHORT = "size=tiny data.val_rows=4 trainer.max_steps=4 prereq.expert.trainer.max_steps=4 "
-SHORT += "prereq.mla.trainer.max_steps=4 eval.rows=4 eval.resamples=50 eval.sample_tokens=8 generate.max_new_tokens=8"
+SHORT = [
+    "size=tiny",
+    "data.val_rows=4",
+    "trainer.max_steps=4",
+    "prereq.expert.trainer.max_steps=4",
+    "prereq.mla.trainer.max_steps=4",
+    "eval.rows=4",
+    "eval.resamples=50",
+    "eval.sample_tokens=8",
+    "generate.max_new_tokens=8",
+]
 
 
 def words(line: str) -> list[str]:
@@ -106,7 +115,7 @@ def test_every_command_runs_at_tiny_size_in_the_order_of_the_readme(tmp_path: Pa
         command = re.sub(r"^python (train\.py|scripts/)", rf"python {ROOT}/\1", line)
         if line in TRAIN and "--cfg" not in line:
             source = "size.vocab_size=300" if "data=jsonl" in line else "data.source.megabytes=0.5"
-            command += f" {SHORT} {source}"
+            command += f" {shlex.join(SHORT)} {source}"
         result = subprocess.run(
             ["bash", "-c", command],
             cwd=tmp_path,

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nano_think.callbacks import throughput
+from nano_think.callbacks.throughput import Throughput
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def _step(callback, clock, trainer, logged, seconds, tokens=10):
+    """One batch with `tokens` real tokens beside pads, that takes `seconds`."""
+    batch = {"segments": torch.tensor([0] * tokens + [-1] * 5)}
+    module = SimpleNamespace(log=lambda name, value, **_: logged.append((name, value)))
+    callback.on_train_batch_start(trainer, module, batch, 0)
+    clock.seconds += seconds
+    trainer.fit_loop.total_batch_idx += 1
+    callback.on_train_batch_end(trainer, module, None, batch, 0)
+
+
+def _trainer():
+    return SimpleNamespace(log_every_n_steps=2, fit_loop=SimpleNamespace(total_batch_idx=-1))
+
+
+def test_the_rate_counts_real_tokens_over_the_steps_since_the_last_log(clock):
+    callback, trainer, logged = Throughput(), _trainer(), []
+    for seconds in (1.0, 4.0, 1.0, 1.0):
+        _step(callback, clock, trainer, logged, seconds)
+    assert logged == [
+        ("train/tokens_per_second", 20 / 5.0),
+        ("train/tokens", 20.0),
+        ("train/tokens_per_second", 20 / 2.0),
+        ("train/tokens", 40.0),
+    ]
+
+
+def test_validation_takes_no_part(clock):
+    callback, trainer, logged = Throughput(), _trainer(), []
+    _step(callback, clock, trainer, logged, 1.0)
+    callback.on_validation_start(trainer, None)
+    clock.seconds += 1000.0
+    _step(callback, clock, trainer, logged, 2.0)
+    assert logged[0] == ("train/tokens_per_second", pytest.approx(10 / 2.0))
+
+
+def test_the_total_survives_a_resumption(clock):
+    first, second, logged = Throughput(), Throughput(), []
+    trainer = _trainer()
+    _step(first, clock, trainer, logged, 1.0)
+    second.load_state_dict(first.state_dict())
+    _step(second, clock, trainer, logged, 1.0)
+    assert ("train/tokens", 20.0) in logged
