@@ -192,6 +192,21 @@ def test_a_prompt_with_every_mark_of_hydras_grammar_is_continued(
     assert json.loads(path.read_text())[0]["prompt"] == prompt
 
 
+def test_a_private_table_spares_the_state_space_expert_the_wait_for_the_transformer(
+    train: Train, corpus: Path, tmp_path: Path
+) -> None:
+    options = ["data=jsonl", f"data.root={corpus}", "size.vocab_size=290", "data.val_rows=2"]
+    assert train("phase=data", *options) == ""
+    alone = ["phase=expert", "expert=state_space", "prerequisites=require", "trainer.max_steps=2", *options]
+    assert_one_line(train(*alone), "`python train.py phase=expert expert=transformer")
+    assert train(*alone, "expert.embed=own") == ""
+    outputs = tmp_path / "outputs"
+    assert (outputs / "checkpoints" / "state_space_expert" / "expert.safetensors").is_file()
+    assert not (outputs / "artifacts" / "transformer").exists()
+    diffuser = ["phase=expert", "expert=diffuser", "prerequisites=require", "expert.embed=own", *options]
+    assert_one_line(train(*diffuser), "`python train.py phase=expert expert=transformer")
+
+
 def test_a_sweep_has_one_folder_a_job(train: Train, corpus: Path, tmp_path: Path) -> None:
     options = ["phase=data", "data=jsonl", f"data.root={corpus}", "size.vocab_size=290"]
     assert train("-m", *options, "seed=1,2") == ""

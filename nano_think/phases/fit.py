@@ -23,7 +23,7 @@ from nano_think.callbacks.step_seed import StepSeed
 from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.optim.schedule import capped_warmup
-from nano_think.phases.data import data_module, load_tokenizer
+from nano_think.phases.data import data_module, load_tokenizer, loader_settings
 from nano_think.phases.run import Maker, Run
 from nano_think.tasks.base import FitTask
 from nano_think.tokenizer import Tokenizer

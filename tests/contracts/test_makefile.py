@@ -121,14 +121,41 @@ def test_continuous_integration_runs_what_a_developer_runs() -> None:
     assert re.findall(r'^make VENV="\$venv" (\w+)', text, flags=re.M) == ["setup", "check", "test"]
 
 
-def test_pins_cover_every_direct_dependency() -> None:
-    def name(requirement: str) -> str:
-        return re.match(r"[A-Za-z0-9_.-]+", requirement)[0].lower().replace("_", "-")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SEED_PACKAGES = [
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "torchmetrics",
+    "faiss-cpu",
+    "tiktoken",
+    "tensorboard",
+]
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+def requirement_name(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9_.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def test_pins_cover_every_direct_dependency() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = {name(line): line for line in lines if not line.startswith("#")}
-    needed = project["dependencies"] + project["optional-dependencies"]["dev"]
-    assert {name(requirement) for requirement in needed} <= set(pinned)
+    pinned = {requirement_name(line): line for line in lines if not line.startswith("#")}
+    needed = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    assert {requirement_name(requirement) for requirement in needed} <= set(pinned)
     assert pinned["torch"] == "torch==2.13.0"
     assert "torchvision" not in pinned
+
+
+def test_the_core_is_declared_and_bounded_and_leaves_the_rest_to_extras() -> None:
+    core = {requirement_name(requirement): requirement for requirement in PROJECT["dependencies"]}
+    assert set(SEED_PACKAGES) <= set(core)
+    assert not {"transformers", "einops", "wandb", "datasets", "pytest"} & set(core)
+    for requirement in core.values():
+        assert ">=" in requirement
+        assert "<" in requirement
+    # releases that were withdrawn
+    assert {"!=2.6.2", "!=2.6.3"} <= set(core["lightning"].removeprefix("lightning").split(","))
+    extras = PROJECT["optional-dependencies"]
+    assert any(requirement.startswith("faiss-gpu") for requirement in extras["gpu"])
+    assert "pytest" in {requirement_name(requirement) for requirement in extras["dev"]}
