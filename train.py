@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from nano_think.config import checked_overrides, register_schema
@@ -21,6 +22,10 @@ def _job(cfg: DictConfig) -> float | None:
         return run_phase(cfg)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            sys.exit(f"error: {error.__cause__}")
+        raise
 
 
 def main() -> None:

@@ -125,7 +125,7 @@ def test_generate_imports_neither_lightning_nor_hydra(checkpoint: Path, tmp_path
     ("options", "part"),
     [
         (["--prompt", "the", "--top-k", "0"], "top_k=0"),
-        (["--prompt", "the cat " * 100], "shorten the prompt"),
+        (["--prompt", "the cat " * 100], "shorten"),
         (["--prompt-file", "missing.txt"], "missing.txt"),
     ],
     ids=["top_k", "long", "file"],

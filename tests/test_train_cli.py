@@ -125,7 +125,6 @@ def test_required_prerequisites_are_named_with_their_command(
     assert_nothing_half_made(tmp_path / "outputs")
 
 
-@pytest.mark.xfail(strict=True, reason="hydra.utils.instantiate wraps the error of the data source")
 def test_an_empty_data_folder(train: Train, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     message = train("phase=data", "data=jsonl", f"data.root={tmp_path / 'texts'}")

@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+
+from nano_think.errors import UserError
 
 ALLOWED_PREFIXES = ("nano_think.", "torch.nn.")
 
@@ -51,6 +54,18 @@ def build(spec: Any, **kwargs: Any) -> Any:
     if isinstance(spec, list | tuple):
         return [build(value) for value in spec]
     return spec
+
+
+def check(spec: Any, where: str) -> None:
+    """Build `spec` without allocating numbers; raises UserError naming `where` for values that cannot be built.
+
+    A mistake then shows before anything is trained, not when its part is reached.
+    """
+    try:
+        with torch.device("meta"):
+            build(spec)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def complete(spec: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from nano_think.engine.generate import Generation, generate
 from nano_think.engine.render import TokenPrinter, token_records
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.errors import UserError
-from nano_think.files import atomic_dir, write_json
+from nano_think.files import write_json
 from nano_think.vector_records import Reader, session_id
 
 
@@ -38,10 +39,21 @@ class Continuation:
         return {**self.__dict__, "full_text": self.prompt + self.text}
 
 
+def session_folder(root: Path, name: str) -> Path:
+    """The folder below `root` that a session is kept in; raises UserError for a name that leads elsewhere."""
+    if not re.fullmatch(r"\w[\w .-]*", name):
+        raise UserError(
+            f"memory.session={name} names no session: use letters, digits, blanks, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+    return root / name
+
+
 class Session:
     """A model's memory plus what earlier continuations of the same name left in it, kept in a folder.
 
-    The store in the folder holds the model's own records too: it stands alone and is replaced as a whole.
+    The store in the folder holds the model's own records too and stands alone; each append makes a new
+    generation of it, so that a kill at any moment leaves the old session or the new one.
     Raises UserError where the model has no memory, or the folder was made with another one.
     """
 
@@ -67,6 +79,7 @@ class Session:
         """Records that earlier continuations left."""
         return self.memory.store.count(self.number)
 
+    @torch.no_grad()
     def append(self, checkpoint: Checkpoint, tokens: list[int]) -> int:
         """Remember a finished sequence; returns its number of records: complete chunks that something follows."""
         ids = torch.tensor([tokens])
@@ -83,10 +96,7 @@ class Session:
         if len(records.keys):
             memory.store.add(records.keys, records.values, **records.meta)
         memory.store.publish()
-        with atomic_dir(self.folder.with_name(f"{self.folder.name}.new")) as temporary:
-            save_memory(memory, temporary)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.with_name(f"{self.folder.name}.new").rename(self.folder)
+        save_memory(memory, self.folder)
         return len(records.keys)
 
 
@@ -166,7 +176,10 @@ def read_prompt(prompt: str | None, prompt_file: str | None, stdin: TextIO) -> s
             ) from error
     if prompt is not None:
         return prompt
-    return "" if stdin is None or stdin.isatty() else stdin.read()
+    try:
+        return "" if stdin is None or stdin.isatty() else stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input cannot be read ({error}): pipe UTF-8 text into it") from error
 
 
 def save_continuations(path: Path, continuations: list[Continuation]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nano_think.engine.generate import generate
+from nano_think.engine.generate import Memory, generate
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.model import ExpertLM, NanoThink
 from nano_think.tokenizer import Tokenizer
@@ -28,17 +28,22 @@ class Sample:
 
 
 def prompts_of(
-    batches: Sequence[Mapping[str, torch.Tensor]], domains: Sequence[str], per_domain: int
+    batches: Sequence[Mapping[str, torch.Tensor]], domains: Sequence[str], per_domain: int, bos_id: int
 ) -> list[tuple[str, list[int]]]:
-    """(domain, token ids) from the beginnings of documents, `per_domain` each."""
-    found: dict[str, list[list[int]]] = {name: [] for name in domains}
+    """(domain, token ids) of `per_domain` prompts each: beginnings of documents, then of rows inside one.
+
+    bos_id: the token that documents begin with; a row may begin in the middle of a long one.
+    """
+    whole: dict[str, list[list[int]]] = {name: [] for name in domains}
+    inside: dict[str, list[list[int]]] = {name: [] for name in domains}
     for batch in batches:
         for row, domain in enumerate(batch["domain"].tolist()):
-            kept = found[domains[domain]]
-            first = batch["tokens"][row][batch["segments"][row] == 0][:PROMPT_TOKENS].tolist()
-            if len(kept) < per_domain and len(first) == PROMPT_TOKENS:
-                kept.append(first)
-    return [(name, prompt) for name in domains for prompt in found[name]]
+            segments = batch["segments"][row]
+            for segment in range(int(segments.max()) + 1):
+                prompt = batch["tokens"][row][segments == segment][:PROMPT_TOKENS].tolist()
+                if len(prompt) == PROMPT_TOKENS:
+                    (whole if prompt[0] == bos_id else inside)[domains[domain]].append(prompt)
+    return [(name, prompt) for name in domains for prompt in (whole[name] + inside[name])[:per_domain]]
 
 
 def sample_sheet(
@@ -47,9 +52,13 @@ def sample_sheet(
     tokenizer: Tokenizer,
     max_new_tokens: int,
     config: SamplingConfig,
+    memories: Mapping[str, Callable[[], Memory]] | None = None,
 ) -> list[Sample]:
-    """Continue every prompt with every model, token by token."""
-    samples = []
+    """Continue every prompt with every model, token by token.
+
+    memories: makes a fresh reader of memory for each prompt, for the models that have one.
+    """
+    samples, memories = [], memories or {}
     for domain, prompt in prompts:
         for name, model in models.items():
             made = generate(
@@ -59,6 +68,7 @@ def sample_sheet(
                 config,
                 eos_id=tokenizer.eos_id,
                 banned_ids=(tokenizer.bos_id, tokenizer.pad_id),
+                memory=memories[name]() if name in memories else None,
             )
             trusted: dict[str, float] = {}
             if made.weights is not None and len(made.weights[0]):

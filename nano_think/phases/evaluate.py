@@ -5,6 +5,7 @@ Nothing here trains or writes into a store. Tables go to the screen, to report.m
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, require_same_tokenizer
 from nano_think.artifacts.memory import Memory, load_memory
+from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.evals.losses import DocumentLosses, NllFunction, evaluate_models
 from nano_think.evals.ngram import KneserNey
@@ -36,9 +38,9 @@ class Evaluation:
     untouched; both None or empty where the lineage of the checkpoint is not on this machine.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, ckpt: str | None = None) -> None:
         self.run, self.settings = run, run.plain(run.cfg.eval)
-        self.checkpoint = model_of(run)
+        self.checkpoint = model_of(run, ckpt)
         shards = shards_maker(run)
         run.obtain(shards)
         self.data = data_module(run, shards, self.settings["batch_size"], train_split="expert_train")
@@ -93,9 +95,9 @@ class Evaluation:
         return load_checkpoint(path) if path.is_dir() else None
 
 
-def run(run: Run) -> dict[str, Any]:
+def run(run: Run, ckpt: str | None = None) -> dict[str, Any]:
     """Losses with intervals, differences, routing, knock-outs, retrieval, samples; one report."""
-    evaluation = Evaluation(run)
+    evaluation = Evaluation(run, ckpt)
     run.say(f"evaluating {evaluation.checkpoint.path} on {evaluation.settings['split']}")
     sections.setting(evaluation)
     losses = _losses(evaluation)
@@ -159,12 +161,14 @@ def ngram_models(evaluation: Evaluation) -> dict[str, NllFunction]:
     Where experts saw different amounts, the n-grams get the largest: a baseline must not be starved.
     """
     results = evaluation.results()
-    tokens = max((results.get(name, {}).get("tokens", 0) for name in evaluation.alone), default=0)
-    if not tokens:
+    read = {name: results.get(name, {}).get("tokens", 0) for name in evaluation.alone}
+    most = max(read, key=read.__getitem__, default=None)
+    if most is None or not read[most]:
         raise UserError(
             f"{evaluation.checkpoint.path} does not say how much text it was trained on: make it again"
         )
-    streams = evaluation.data.seen(tokens // evaluation.data.seq_len)
+    data = as_trained(evaluation.data, evaluation.alone[most].provenance)
+    streams = data.seen(read[most] // data.seq_len)
     seen = sum(len(stream) for stream, _ in streams)
     evaluation.report.json({"ngram_tokens": seen})
     vocab_size = evaluation.data.vocab_size
@@ -172,6 +176,18 @@ def ngram_models(evaluation: Evaluation) -> dict[str, NllFunction]:
         f"{name}": KneserNey.fit(streams, order=order, vocab_size=vocab_size).batch_nll
         for name, order in NGRAMS.items()
     }
+
+
+def as_trained(data: TokenDataModule, provenance: dict[str, Any]) -> TokenDataModule:
+    """The data module with the order of rows that an artefact was trained with: its seed may be another."""
+    fit = provenance.get("spec", {}).get("fit")
+    if fit is None:
+        return data
+    data = copy.copy(data)
+    data.seed = fit["seed"]
+    for name in ("mixing", "temperature", "mode"):
+        setattr(data, name, fit["loader"][name])
+    return data
 
 
 def save_losses(losses: dict[str, DocumentLosses], directory: Path) -> None:

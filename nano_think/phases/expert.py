@@ -12,6 +12,7 @@ from hydra.utils import get_object
 from torch import nn
 
 from nano_think.artifacts.build import build as build_network
+from nano_think.artifacts.build import check as check_network
 from nano_think.artifacts.checkpoint import load_checkpoint, save_expert
 from nano_think.errors import UserError
 from nano_think.model import ExpertLM
@@ -33,6 +34,7 @@ def expert_maker(run: Run, name: str) -> Maker:
     own_table = training["trains_embedding"] or run.cfg.expert.embed == "own"
     needs = {need: expert_maker(_run_of(run, need), need) for need in _needs(run, name, training)}
     network = run.plain(run.cfg.experts[name])
+    check_network(network, f"experts.{name}")
     objective = {key: training[key] for key in OBJECTIVE_KEYS if key in training}
     spec = {
         "network": network,

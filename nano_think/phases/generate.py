@@ -8,19 +8,20 @@ from typing import Any
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint
 from nano_think.engine.sampling import SamplingConfig
-from nano_think.engine.session import Session, continue_text, read_prompt, save_continuations
+from nano_think.engine.session import Session, continue_text, read_prompt, save_continuations, session_folder
 from nano_think.errors import UserError
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.mla import last_stage, mla_maker
 from nano_think.phases.run import Run
 
 
-def model_of(run: Run) -> Checkpoint:
-    """The checkpoint of `ckpt=`, else the model that `expert=` and `stage=` describe, built if it is missing."""
+def model_of(run: Run, ckpt: str | None = None) -> Checkpoint:
+    """The checkpoint of `ckpt` or of `ckpt=`, else the model of `expert=` and `stage=`, built if it is missing."""
     single = len(run.cfg.expert.names) == 1
     command = run.command(phase="expert" if single else "mla", expert=run.cfg.expert.name)
-    if run.cfg.ckpt is not None:
-        return load_checkpoint(Path(run.cfg.ckpt), command)
+    ckpt = ckpt or run.cfg.ckpt
+    if ckpt is not None:
+        return load_checkpoint(Path(ckpt), command)
     if single:
         name = run.cfg.expert.names[0]
         maker = expert_maker(run.sub("expert", name), name)
@@ -44,11 +45,10 @@ def run(run: Run) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise UserError(f"generate: {error}") from error
     prompt = read_prompt(run.cfg.prompt, run.cfg.prompt_file, sys.stdin)
+    name = run.cfg.memory.session
+    folder = None if name is None else session_folder(run.root / "sessions", name)
     checkpoint = model_of(run)
-    session = None
-    if run.cfg.memory.session is not None:
-        name = run.cfg.memory.session
-        session = Session(checkpoint, name, run.root / "sessions" / name, reset=run.cfg.memory.reset)
+    session = None if folder is None else Session(checkpoint, name, folder, reset=run.cfg.memory.reset)
     made = continue_text(checkpoint, prompt, settings["max_new_tokens"], config, session, sys.stdout)
     if made.context_full:
         run.say(f"[dim]stopped at the end of the context of {checkpoint.spec['seq_len']} tokens[/dim]")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nano_think.artifacts.build import build as build_network
+from nano_think.artifacts.build import check as check_network
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, save_fused
 from nano_think.artifacts.memory import Memory, build_memory, load_memory, save_memory
 from nano_think.data.module import TokenDataModule
@@ -47,7 +48,7 @@ def mla_maker(run: Run, stage: str) -> Maker:
     if run.cfg.model.router.pool == "sequence":
         raise UserError("router.pool=sequence reads later tokens: train with another, such as cummean")
     training = run.plain(run.cfg.training.mla)
-    own = training["stages"].get(stage, {})
+    own = training.get(f"stage_{stage}", {})
     numbers = {**training, "lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "max_steps": None, **own}
     fit = Fit(run, shards_maker(run), numbers, f"mla_{stage}", train_split=SPLIT)
     spec = {"experts": list(run.cfg.expert.names), "seed": run.cfg.seed}
@@ -75,6 +76,8 @@ def model_settings(run: Run) -> dict[str, Any]:
     """MLA, router and fusion as plain values; private tables force raw input and probability space."""
     settings = {key: run.plain(run.cfg.model[key]) for key in ("mla", "router", "fusion", "expert_input")}
     settings["mla"] = {**settings["mla"], "memory": run.cfg.model.retrieval.k > 0}
+    for part in ("mla", "router"):
+        check_network(settings[part], f"model.{part}")
     if run.cfg.expert.embed == "own":
         settings |= {"fusion": {"space": "prob"}, "expert_input": "raw"}
     return settings
@@ -224,7 +227,7 @@ def run(run: Run) -> dict[str, Any]:
     if len(run.cfg.expert.names) < 2:
         raise UserError("phase=mla mixes experts: use expert=all")
     maker = mla_maker(run, last_stage(run))
-    if run.cfg.stage == "all":
+    if run.cfg.stage == "all" and not maker.recipe.exists(run.artifacts):
         for _, made in stages_of(maker):
             run.obtain(made, named=True)
     path = run.obtain(maker, named=True)

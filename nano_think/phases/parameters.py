@@ -20,7 +20,7 @@ from nano_think.phases.run import Run
 
 
 def configured_network(run: Run, device: str = "meta") -> ExpertLM | NanoThink:
-    """The network that a run's configuration describes, as it is before training; on `meta` it holds no numbers."""
+    """The untrained network that a run's configuration describes; on `meta` it holds no numbers."""
     size, names = run.cfg.size, list(run.cfg.expert.names)
     experts = {name: run.plain(run.cfg.experts[name]) for name in names}
     with torch.device(device):
@@ -35,8 +35,8 @@ def run(run: Run) -> dict[str, Any]:
     network, size = configured_network(run), run.cfg.size.name
     counted = count_parameters(network)
     components = Table(**{**vars(counted.table()), "title": f"Components at size={size}"})
-    rows = [[name, count] for name, count in parts(network)]
-    inside = Table(["part", "parameters"], rows, formats=["", ","], title="What they are made of")
+    made_of = parts(network)
+    inside = Table(["part", "parameters"], made_of, formats=["", ","], title="What they are made of")
     options = Table(
         ["optional part", "parameters", "here"],
         [[name, count, "yes" if there else "no"] for name, count, there in optional_parts(network)],
@@ -53,7 +53,7 @@ def run(run: Run) -> dict[str, Any]:
         "trainable": counted.trainable,
         "components": {component.name: component.total for component in counted.components},
         "plan": PLAN_ESTIMATES,
-        "parts": dict(rows),
+        "parts": dict(parts(network)),
         "optional": {name: {"parameters": n, "here": there} for name, n, there in optional_parts(network)},
     }
     write_json(run.dir / "parameters.json", data)

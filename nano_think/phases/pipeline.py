@@ -11,4 +11,4 @@ from nano_think.phases.run import Run
 def run(run: Run) -> dict[str, Any]:
     """Phases 1 to 7 by need, then phase 8."""
     made = mla.run(run)
-    return {**made, **evaluate.run(run)}
+    return {**made, **evaluate.run(run, ckpt=made["checkpoint"])}

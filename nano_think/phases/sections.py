@@ -354,11 +354,15 @@ def samples(evaluation: Evaluation) -> None:
     count, length = evaluation.settings["prompts"], evaluation.settings["sample_tokens"]
     if not count:
         return
-    prompts = prompts_of(evaluation.batches(rows=PROBE_ROWS), evaluation.domains, count)
+    batches = evaluation.batches(rows=PROBE_ROWS)
+    prompts = prompts_of(batches, evaluation.domains, count, evaluation.tokenizer.bos_id)
     models = {evaluation.checkpoint.name: evaluation.checkpoint.model}
     models |= {name: checkpoint.model for name, checkpoint in evaluation.alone.items()}
     config = SamplingConfig(temperature=0.8, top_k=50, seed=evaluation.run.cfg.seed)
-    sheet = sample_sheet(models, prompts, evaluation.tokenizer, length, config)
+    memories, memory = {}, evaluation.memory
+    if memory is not None:
+        memories[evaluation.checkpoint.name] = lambda: memory.retriever.init_state(1)
+    sheet = sample_sheet(models, prompts, evaluation.tokenizer, length, config, memories)
     if "diffuser" in evaluation.alone:
         drafter = evaluation.alone["diffuser"].model
         sheet += diffusion_drafts(drafter, prompts, evaluation.tokenizer, length, config.seed)

@@ -79,9 +79,7 @@ def test_nested_specs_become_networks():
     torch.manual_seed(0)
     mixer = partial(locate(ATTENTION), num_heads=4)
     by_hand = TransformerExpert(16, 1, ffn_dim=24, dropout=0.0, mixer=mixer)
-    for (name, one), (_, other) in zip(
-        built.state_dict().items(), by_hand.state_dict().items(), strict=True
-    ):
+    for (name, one), (_, other) in zip(built.state_dict().items(), by_hand.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
 
 

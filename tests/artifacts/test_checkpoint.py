@@ -87,7 +87,7 @@ def test_a_fused_model_comes_back_bitwise_and_stands_alone(private, tmp_path, by
     }
     if private:
         table = {"_target_": "torch.nn.Embedding", "num_embeddings": VOCAB, "embedding_dim": D}
-        spec |= {"fusion": "prob", "expert_input": "raw", "tables": {name: table for name in SPECS}}
+        spec |= {"fusion": "prob", "expert_input": "raw", "tables": dict.fromkeys(SPECS, table)}
     model = randomise(build(spec)).eval()
     model.experts["diffuser"].fit_statistics(torch.randn(50, D, generator=torch.Generator().manual_seed(0)))
     save_fused(tmp_path / "model", spec, model, byte_tokenizer, 32)
@@ -152,9 +152,9 @@ def _damage(path, how):
 
 @pytest.mark.parametrize(
     "how",
-    ["gone", "empty folder", "a file", "no weights", "cut weights", "weights are a folder", "a pickle", "other table",
-     "no tokenizer", "broken tokenizer", "broken spec", "broken provenance", "unknown kind", "a list",
-     "foreign class", "unknown argument", "other width", "no expert"],
+    ["gone", "empty folder", "a file", "no weights", "cut weights", "weights are a folder", "a pickle",
+     "other table", "no tokenizer", "broken tokenizer", "broken spec", "broken provenance", "unknown kind",
+     "a list", "foreign class", "unknown argument", "other width", "no expert"],
 )  # fmt: skip
 def test_damaged_folders_are_one_sentence_that_names_the_command(how, saved):
     _, path = saved()

@@ -9,7 +9,9 @@ from nano_think.artifacts import recipe as module
 from nano_think.artifacts.recipe import COMPLETE_MARK, Recipe
 
 CORPUS = Recipe("corpus", {"source": "abc"})
-EXPERT = Recipe("transformer", {"lr": 1e-3, "net": {"layers": 2, "heads": [1, 2]}, "own": None}, {"data": CORPUS})
+EXPERT = Recipe(
+    "transformer", {"lr": 1e-3, "net": {"layers": 2, "heads": [1, 2]}, "own": None}, {"data": CORPUS}
+)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,13 @@ def logged(request, fits, objective, data, trainer, byte_tokenizer, tmp_path_fac
     if request.param not in fits:
         folder = tmp_path_factory.mktemp(request.param)
         task, rows, selection = objective(request.param), Rows(), ValidationSelection(patience=9)
-        callbacks = [rows, selection, Throughput(), DomainShares(), SampleTexts(byte_tokenizer, max_new_tokens=5)]
+        callbacks = [
+            rows,
+            selection,
+            Throughput(),
+            DomainShares(),
+            SampleTexts(byte_tokenizer, max_new_tokens=5),
+        ]
         callbacks.append(Dashboard(EXPERTS if request.param == "route" else ()))
         callbacks += [Reconstructions(byte_tokenizer)] if request.param == "diffuser" else []
         logger = TensorBoardLogger(save_dir=str(folder), name=None, version="")

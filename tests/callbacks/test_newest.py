@@ -26,7 +26,11 @@ class At(L.Callback):
             self.action()
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if self.validation is not None and trainer.global_step == self.validation and trainer.training is False:
+        if (
+            self.validation is not None
+            and trainer.global_step == self.validation
+            and trainer.training is False
+        ):
             self.action()
 
 
@@ -96,7 +100,11 @@ def test_dropout_is_live_here(fit, tmp_path):
     assert any(not torch.equal(tensor, other[name]) for name, tensor in task.items())
 
 
-@pytest.mark.parametrize("batch", [0, 1, 5, 6, 9, 11, 12, 13])
+def _also_slowly(fast, slow):
+    return [*fast, *(pytest.param(case, marks=pytest.mark.slow) for case in slow)]
+
+
+@pytest.mark.parametrize("batch", _also_slowly([1, 5, 12], [0, 6, 9, 11, 13]))
 def test_ctrl_c_in_any_batch_then_resume_gives_the_uninterrupted_result(batch, fit, tmp_path, sigint):
     whole = fit()
     (tmp_path / "newest.ckpt").unlink()
@@ -110,7 +118,7 @@ def test_ctrl_c_in_any_batch_then_resume_gives_the_uninterrupted_result(batch, f
     _same(whole, fit())
 
 
-@pytest.mark.parametrize("batch", [5, 6, 9, 11, 12])
+@pytest.mark.parametrize("batch", _also_slowly([6, 9], [5, 11, 12]))
 def test_a_crash_in_any_batch_then_resume_gives_the_uninterrupted_result(batch, fit, tmp_path):
     whole = fit()
     (tmp_path / "newest.ckpt").unlink()
@@ -121,7 +129,7 @@ def test_a_crash_in_any_batch_then_resume_gives_the_uninterrupted_result(batch, 
     _same(whole, fit())
 
 
-@pytest.mark.parametrize("step", [3, 6, 7])
+@pytest.mark.parametrize("step", _also_slowly([3], [6, 7]))
 @pytest.mark.parametrize("action", [press_ctrl_c, crash])
 def test_stopping_in_a_validation_does_not_lose_it(action, step, fit, tmp_path, sigint):
     whole = fit()

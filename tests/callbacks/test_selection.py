@@ -11,7 +11,8 @@ from nano_think.callbacks.selection import ValidationSelection
 
 def _trainer(**state):
     return SimpleNamespace(**{
-        "callback_metrics": {}, "global_step": 0, "should_stop": False, "sanity_checking": False, "max_steps": 10_000
+        "callback_metrics": {}, "global_step": 0, "max_steps": 10_000, "should_stop": False,
+        "sanity_checking": False,
     } | state)  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -18,12 +19,26 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from nano_think.config import register_schema
+from nano_think.phases import run as run_module
 from nano_think.phases.run import Run, run_phase
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "the old river bends past seven quiet mills where nobody grinds corn any more but swallows nest".split()
+WORDS = (
+    "the",
+    "old",
+    "river",
+    "bends",
+    "past",
+    "seven",
+    "quiet",
+    "mills",
+    "where",
+    "nobody",
+    "grinds",
+    "corn",
+)
 TINY = ("size=tiny", "size.vocab_size=300", "data=jsonl", "data.val_rows=4", "model.retrieval.chunk=16")
-TINY += ("model.store.rows=8", "training.mla.static_tokens=1024", "callbacks.samples.max_new_tokens=2")
+TINY += ("model.store.rows=8", "++training.mla.static_tokens=1024", "callbacks.samples.max_new_tokens=2")
 STEPS = ("trainer.max_steps=6", "++prereq.expert.trainer.max_steps=6", "++prereq.mla.trainer.max_steps=6")
 
 
@@ -56,7 +71,12 @@ class Project:
         self.runs += 1
         directory = self.root / "runs" / str(self.runs)
         directory.mkdir(parents=True)
-        return Run(compose("config", overrides), overrides, directory, Console(file=io.StringIO(), width=200))
+        return Run(
+            run_module.compose("config", overrides),
+            overrides,
+            directory,
+            Console(file=io.StringIO(), width=200),
+        )
 
     def go(self, *more: str) -> tuple[dict[str, Any], Run]:
         """Run a phase; its result and the run."""
@@ -91,6 +111,22 @@ def output(run: Run) -> str:
 @pytest.fixture
 def printed() -> Callable[[Run], str]:
     return output
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compose_once() -> Iterator[None]:
+    """Runs that hand on the same overrides share a composition, which is most of what describing them costs."""
+    known: dict[tuple[str, ...], DictConfig] = {}
+
+    def compose_once(name: str, overrides: list[str]) -> DictConfig:
+        key = tuple(overrides)
+        if key not in known:
+            known[key] = compose(name, overrides)
+        return copy.deepcopy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "compose", compose_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -124,9 +124,7 @@ def test_targets(expert_lm, batch):
     assert torch.equal(valid, labelled)
 
     # the frozen table of the teacher, also for a network that trains a table of its own
-    embedded, valid = denoising_targets(
-        expert_lm("diffuser", table=own, target="next_embed"), teacher, batch
-    )
+    embedded, valid = denoising_targets(expert_lm("diffuser", table=own, target="next_embed"), teacher, batch)
     assert torch.equal(valid, labelled)
     for b, t in labelled.nonzero().tolist():
         assert torch.equal(embedded[b, t], teacher.embedding.weight[batch["labels"][b, t]])

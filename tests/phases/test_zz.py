@@ -1,3 +1,0 @@
-def test_x(built, printed):
-    import time
-    print(printed(built.first)); print(built.result)
