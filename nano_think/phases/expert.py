@@ -23,7 +23,7 @@ from nano_think.tasks.denoise import fit_target_statistics
 
 STATISTICS_ROWS = 64
 # Training keys that are arguments of an objective, not of the fit.
-OBJECTIVE_KEYS = ("mse_weight", "ce_weight", "time_sampler")
+OBJECTIVE_KEYS = ("mse_weight", "ce_weight", "mse_of", "time_sampler")
 
 
 def expert_maker(run: Run, name: str) -> Maker:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ class DenoiseTask(FitTask):
 
     network: `ExpertLM` of the diffuser over the frozen table. teacher: the frozen `ExpertLM` whose hidden
     states are the targets; it is no submodule, so it is neither saved nor trained.
-    mse_weight, ce_weight: of the two terms; ce_weight=0 is the plan's literal recipe. time_sampler: see
-    `sample_timesteps`. seed: of the noise, which depends on (seed, epoch, batch) alone.
+    mse_weight, ce_weight: of the two terms. mse_of: the squared error is taken of x0, or of the network's own
+    prediction; with param=eps, ce_weight=0 and time_sampler=seed that is the plan's literal recipe.
+    time_sampler: see `sample_timesteps`. seed: of the noise, which depends on (seed, epoch, batch) alone.
     """
 
     def __init__(
@@ -37,12 +38,15 @@ class DenoiseTask(FitTask):
         teacher: ExpertLM,
         mse_weight: float = 1.0,
         ce_weight: float = 1.0,
+        mse_of: Literal["x0", "prediction"] = "x0",
         time_sampler: TimeSampler = "uniform",
         seed: int = 0,
     ) -> None:
         super().__init__(network, optimizer, schedule, domains, byte_lengths)
         self._frozen = (teacher.eval().requires_grad_(False),)
-        self.mse_weight, self.ce_weight = mse_weight, ce_weight
+        if mse_of not in ("x0", "prediction"):
+            raise ValueError(f"mse_of must be x0 or prediction, not {mse_of!r}")
+        self.mse_weight, self.ce_weight, self.mse_of = mse_weight, ce_weight, mse_of
         self.time_sampler, self.seed = time_sampler, seed
         train_T, d_model = network.expert.schedule.train_T, network.expert.d_model
         self.val_error = DenoisingError(NUM_BUCKETS, train_T, d_model)
@@ -62,9 +66,13 @@ class DenoiseTask(FitTask):
         target, valid = self.targets(batch)
         x0 = expert.standardise(target)
         tau = sample_timesteps(tuple(valid.shape), expert.schedule.train_T, generator, self.time_sampler)
-        x0_hat = self._denoise(batch, x0, tau.to(x0.device), generator)
+        x0_hat, error = self._denoise(batch, x0, tau.to(x0.device), generator)
         sums = {"mse": ((x0_hat - x0).square().mean(-1) * valid).sum()}
-        sums["loss"] = self.mse_weight * sums["mse"]
+        if self.mse_of == "x0":
+            sums["loss"] = self.mse_weight * sums["mse"]
+        else:
+            sums["mse_prediction"] = (error.square().mean(-1) * valid).sum()
+            sums["loss"] = self.mse_weight * sums["mse_prediction"]
         if self.ce_weight:
             sums["cross_entropy"] = linear_cross_entropy(
                 expert.readout(x0_hat), self.network.embedding.weight, batch["labels"]
@@ -86,9 +94,9 @@ class DenoiseTask(FitTask):
         x0 = expert.standardise(target)
         train_T = expert.schedule.train_T
         tau = torch.randint(1, train_T + 1, tuple(valid.shape), generator=generator).to(x0.device)
-        self.val_error.update(self._denoise(batch, x0, tau, generator), x0, tau, valid)
+        self.val_error.update(self._denoise(batch, x0, tau, generator)[0], x0, tau, valid)
         pure = torch.full_like(tau, train_T)
-        self.val_error_pure_noise.update(self._denoise(batch, x0, pure, generator), x0, pure, valid)
+        self.val_error_pure_noise.update(self._denoise(batch, x0, pure, generator)[0], x0, pure, valid)
 
     def on_validation_epoch_end(self) -> None:
         """Log the language-model metrics and the errors by noise bucket."""
@@ -99,11 +107,17 @@ class DenoiseTask(FitTask):
         self.val_error_pure_noise.reset()
         self.log_dict({name: value.float() for name, value in values.items()})
 
-    def _denoise(self, batch: Batch, x0: Tensor, tau: Tensor, generator: torch.Generator) -> Tensor:
+    def _denoise(
+        self, batch: Batch, x0: Tensor, tau: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Restored x0, and the error of what the network itself predicts (noise, where param is eps)."""
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         expert = self.network.expert
         x_tau = expert.schedule.add_noise(x0, noise, tau)
-        return expert.denoise(x_tau, tau, self.network.embedding(batch["tokens"]), self.layout(batch))
+        tokens, layout = self.network.embedding(batch["tokens"]), self.layout(batch)
+        prediction = expert.predict(x_tau, tau, tokens, layout)
+        aim = expert.schedule.from_x0(x0, x_tau, tau, expert.param)
+        return expert.to_x0(prediction, x_tau, tau), prediction - aim
 
     def _generator(self, epoch: int, batch_idx: int) -> torch.Generator:
         """Noise of one batch: a pure function of seed, epoch (-1 for validation) and batch number."""

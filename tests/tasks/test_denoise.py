@@ -78,6 +78,29 @@ def test_the_squared_error_by_hand_on_fixed_noise(objective, batch, trainer, ran
     assert "cross_entropy" not in sums
 
 
+def test_the_literal_error_is_that_of_the_noise_itself(objective, batch, trainer, randomise):
+    """mse_of=prediction with param=eps: mean (eps - eps_hat)^2, the plan's loss, from the network's raw output."""
+    task = _prepared(objective("diffuser", seed=4, ce_weight=0.0, mse_of="prediction"), trainer, 2, 7)
+    expert = task.network.expert
+    expert.param = "eps"
+    randomise(expert)
+    with torch.no_grad():
+        sums = task.batch_loss(batch)
+        x0 = expert.standardise(task.targets(batch)[0])
+        generator = task._generator(2, 7)
+        inner = torch.randint(1, 20, batch["labels"].shape, generator=generator)
+        tau = torch.where(torch.rand(inner.shape, generator=generator) < 0.3, 20, inner)
+        eps = torch.randn(x0.shape, generator=generator)
+        x_tau = expert.schedule.add_noise(x0, eps, tau)
+        layout = Layout(batch["positions"], batch["segments"])
+        predicted = expert.predict(x_tau, tau, task.network.embedding(batch["tokens"]), layout)
+    valid = batch["labels"] != -100
+    by_hand = float((predicted - eps).square().mean(-1)[valid].sum())
+    assert float(sums["loss"]) == float(sums["mse_prediction"]) == pytest.approx(by_hand, rel=1e-3)
+    with pytest.raises(ValueError, match="mse_of"):
+        objective("diffuser", mse_of="noise")
+
+
 def test_the_loss_weighs_its_terms(objective, batch, trainer):
     with torch.no_grad():
         one = _prepared(objective("diffuser"), trainer).batch_loss(batch)
@@ -96,7 +119,7 @@ def test_the_cross_entropy_is_of_the_read_out_on_the_next_token(objective, batch
         generator = task._generator(0, 0)
         inner = torch.randint(1, 20, batch["labels"].shape, generator=generator)
         tau = torch.where(torch.rand(inner.shape, generator=generator) < 0.3, 20, inner)
-        restored = task._denoise(batch, x0, tau, generator)
+        restored, _ = task._denoise(batch, x0, tau, generator)
         hidden = restored * task.network.expert.target_std + task.network.expert.target_mean
         logits = hidden @ task.network.embedding.weight.T
         nll = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
