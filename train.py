@@ -26,6 +26,8 @@ def _job(cfg: DictConfig) -> float | None:
         if isinstance(error.__cause__, UserError):
             sys.exit(f"error: {error.__cause__}")
         raise
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the newest saved step")
 
 
 def main() -> None:

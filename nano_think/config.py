@@ -233,6 +233,7 @@ def _checked(override: str, cfg: DictConfig, groups: set[str]) -> str:
     if not equals:
         raise UserError(f"'{override}' is not a setting: write key=value")
     if key.startswith("prereq."):
+        _check_prerequisite(key, value, cfg, groups)
         return f"++{key}={value}"
     node, path = cfg, key.split(".")
     for depth, part in enumerate(path):
@@ -249,6 +250,19 @@ def _checked(override: str, cfg: DictConfig, groups: set[str]) -> str:
         except OmegaConfBaseException:
             return override
     return override
+
+
+def _check_prerequisite(key: str, value: str, cfg: DictConfig, groups: set[str]) -> None:
+    """Raise UserError where `prereq.<name>.<setting>` names no phase or expert, or a setting that is none."""
+    _, name, setting = (*key.split(".", 2), "", "")[:3]
+    known = ["data", "tokenizer", "expert", "mla", *cfg.experts]
+    if name not in known or not setting:
+        example = "prereq.expert.trainer.max_steps=100"
+        raise UserError(
+            f"'{key}' hands nothing on: write prereq.<name>.<setting>, such as {example}; "
+            f"the names are {', '.join(known)}{_nearest(name, known)}"
+        )
+    _checked(f"{setting}={value}", cfg, groups)
 
 
 def _may_hold(node: Any, name: str, adding: bool) -> bool:

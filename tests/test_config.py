@@ -130,3 +130,19 @@ def test_a_config_can_be_printed_before_it_is_complete() -> None:
 def test_prerequisites_have_their_own_settings() -> None:
     cfg = composed("prereq.expert.trainer.max_steps=5")
     assert cfg.prereq.expert.trainer.max_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("prereq.experts.trainer.max_steps=3", "did you mean 'expert'?"),
+        ("prereq.expert=3", "prereq.<name>.<setting>"),
+        ("prereq.expert.trainer.max_step=3", "did you mean 'trainer.max_steps'?"),
+    ],
+)
+def test_a_prerequisite_setting_that_would_be_ignored_is_refused(override, said):
+    with pytest.raises(UserError) as caught:
+        checked_overrides(["phase=mla", override], ROOT)
+    assert said in str(caught.value)
+    handed_on = checked_overrides(["phase=mla", "prereq.expert.optimizer=muon"], ROOT)
+    assert "++prereq.expert.optimizer=muon" in handed_on
