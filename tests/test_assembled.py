@@ -257,7 +257,9 @@ class TestDecoding:
         full = subject(whole[:, :-1])
         for part in full:
             cached = torch.cat([piece[part] for piece in said], dim=1)
-            torch.testing.assert_close(cached, full[part], atol=1e-4, rtol=1e-4)
+            # noise in place of gains lets a rounding grow in single coordinates of a hidden state
+            atol = 1e-3 if part in (*NAMES, "expert") else 1e-4
+            torch.testing.assert_close(cached, full[part], atol=atol, rtol=1e-4)
         logprobs = full["logits"][:, length - 1 :].log_softmax(-1).gather(-1, whole[:, length:, None])
         torch.testing.assert_close(torch.tensor(made.logprobs), logprobs.squeeze(-1), atol=1e-4, rtol=0)
         if made.weights is not None:
