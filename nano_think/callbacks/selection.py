@@ -54,14 +54,6 @@ class ValidationSelection(L.Callback):
         if self.weights:
             pl_module.network.load_state_dict(self.weights)
 
-    @property
-    def still_falling(self) -> float | None:
-        """Relative improvement of the last validation on the one before it; None with fewer than two."""
-        if len(self.history) < 2:
-            return None
-        (_, before), (_, last) = self.history[-2:]
-        return (before - last) / before
-
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed fit needs to select as if it had never stopped."""
         keys = ("best", "best_step", "waited", "weights", "history")

@@ -208,7 +208,6 @@ class Fit:
             "tokens": tokens,
             "best_step": selection.best_step,
             "val_loss": selection.best,
-            "last_relative_improvement": selection.still_falling,
             "history": selection.history,
             "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -314,14 +315,13 @@ def denoising_errors(network: Any, teacher: Any, batches: Any) -> tuple[Denoisin
 def training(evaluation: Evaluation) -> None:
     """Validation curves of everything that was trained, and whether any was still falling."""
     results = {kind: value for kind, value in evaluation.results().items() if "history" in value}
-    rows, curves = [], {}
+    rows, curves, falls = [], {}, {}
     for kind, value in results.items():
         steps, losses = zip(*value["history"], strict=True)
         curves[kind] = (steps, losses)
-        falling = value["last_relative_improvement"]
+        falls[kind] = fall_per_epoch(value["history"], value["steps"] / value["epochs"])
         keys = ("steps", "epochs", "tokens", "best_step", "val_loss")
-        improvement = "" if falling is None else f"{falling:.2%}"
-        rows.append([kind, *(value[key] for key in keys), improvement, value["peak_memory_gb"]])
+        rows.append([kind, *(value[key] for key in keys), f"{falls[kind]:.1%}", value["peak_memory_gb"]])
     headers = [
         "what",
         "steps",
@@ -329,16 +329,16 @@ def training(evaluation: Evaluation) -> None:
         "tokens",
         "selected step",
         "val loss",
-        "last improvement",
+        "falls an epoch",
         "peak GB",
     ]
     report = evaluation.report.heading("Training")
     report.table(headers, rows, title="How each part was trained")
-    still = [row[0] for row in rows if row[6] and float(row[6].rstrip("%")) / 100 > STILL_FALLING]
+    still = [kind for kind, fall in falls.items() if fall > STILL_FALLING]
     if still:
         report.text(
-            f"**Not at a plateau**: the validation loss of {', '.join(still)} still fell by more than 1% between "
-            "the last two validations. More steps would lower it further."
+            f"**Not at a plateau**: the validation loss of {', '.join(still)} was still falling by more than 1% "
+            "an epoch when training ended. More steps would lower it further."
         )
     for kind, curve in curves.items():
         report.figure(
@@ -347,6 +347,21 @@ def training(evaluation: Evaluation) -> None:
             ),
             f"Validation loss of {kind}",
         )
+
+
+def fall_per_epoch(history: Sequence[tuple[int, float]], steps_per_epoch: float) -> float:
+    """Share of its value by which a validation loss fell an epoch, over the last quarter of the run.
+
+    A quarter, or a whole epoch where that is shorter: two neighbouring validations may lie a few steps apart.
+    0.0 where the curve has a single point.
+    """
+    last_step, last = history[-1]
+    back = min(last_step / 4, steps_per_epoch)
+    earlier = [(step, loss) for step, loss in history if step <= last_step - back and step < last_step]
+    if not earlier:
+        return 0.0
+    step, loss = earlier[-1]
+    return (loss - last) / loss * steps_per_epoch / (last_step - step)
 
 
 def samples(evaluation: Evaluation) -> None:

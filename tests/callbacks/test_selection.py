@@ -96,13 +96,6 @@ def test_state_round_trip_goes_on_counting():
     assert float(module.network.weight) == 1.0
 
 
-def test_relative_improvement_of_the_last_validation():
-    selection = ValidationSelection(patience=9)
-    assert selection.still_falling is None
-    _play(selection, [4.0, 2.0, 1.5])
-    assert selection.still_falling == pytest.approx(0.25)
-
-
 def test_the_last_step_is_validated_whatever_the_interval(objective, data, trainer):
     selection = ValidationSelection(patience=9)
     runner = trainer(max_steps=6, val_check_interval=4, check_val_every_n_epoch=None, callbacks=[selection])
