@@ -6,7 +6,6 @@ Nothing here trains or writes into a store. Tables go to the screen, to report.m
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, require_same_tokenizer
 from nano_think.artifacts.memory import Memory, load_memory
+from nano_think.artifacts.recipe import COMPLETE_MARK
 from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.evals.losses import DocumentLosses, NllFunction, evaluate_models
@@ -69,9 +69,9 @@ class Evaluation:
         """What each artefact of the lineage recorded when it was made: history, steps, tokens."""
         found = {}
         for kind, digest in self.lineage.items():
-            path = self.run.artifacts / kind / digest / "provenance.json"
-            if path.is_file():
-                found[kind] = json.loads(path.read_text())["result"]
+            path = self.run.artifacts / kind / digest
+            if (path / COMPLETE_MARK).is_file():
+                found[kind] = self.run.result_of(path)
         found[self._own_kind()] = self.checkpoint.provenance.get("result", {})
         return found
 

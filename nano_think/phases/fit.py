@@ -62,14 +62,10 @@ class Fit:
         self.run, self.shards, self.label, self.train_split = run, shards, label, train_split
         self.trainer = {key: value for key, value in run.plain(run.cfg.trainer).items() if value is not None}
         self.optimizer = run.plain(run.cfg.optimizer)
-        self.training = {
-            **training,
-            **{k: v for k, v in self.trainer.items() if k in ("max_steps", "max_epochs")},
-        }
-        if "max_steps" in self.trainer or "max_epochs" not in self.trainer:
-            self.training.setdefault("max_steps", None)
-        else:
-            self.training["max_steps"] = None
+        asked = {key: self.trainer[key] for key in ("max_steps", "max_epochs") if key in self.trainer}
+        # who asks for epochs alone does not want the steps that the phase or expert states
+        by_epochs = {"max_steps": None} if "max_epochs" in asked else {}
+        self.training = {"max_steps": None, **training, **by_epochs, **asked}
         for key in ("max_steps", "max_epochs"):
             if self.training[key] is not None and self.training[key] < 1:
                 raise UserError(f"{key}={self.training[key]} trains nothing: give at least 1")
