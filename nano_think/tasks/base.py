@@ -73,6 +73,24 @@ class FitTask(L.LightningModule):
                     parameter.grad.mul_(constant / max(float(labels), 1.0))
         self._pending_labels = 0
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all gradients together, and log that norm.
+
+        Lightning refuses to clip for fused optimizers under mixed precision, because some of them undo a loss
+        scale inside their step. bf16 needs no loss scale, and fp16, which does, is left to Lightning's refusal.
+        """
+        if self.trainer.precision == "16-mixed" or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            self.log("train/grad_norm", norm)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember the constant that `training_step` divides by."""
         self.rows_times_length = batch["labels"].numel()
