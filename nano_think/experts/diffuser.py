@@ -23,7 +23,6 @@ from nano_think.nn.block import ExpertInput
 from nano_think.nn.norm import RMSNorm
 from nano_think.ops.diffusion import (
     NoiseSchedule,
-    Param,
     ScheduleKind,
     ddim_sample,
     ddim_timesteps,
@@ -31,6 +30,7 @@ from nano_think.ops.diffusion import (
 )
 from nano_think.ops.layout import Layout
 
+Param = Literal["posterior", "x0", "eps", "v"]
 Target = Literal["hidden_same", "next_embed", "hidden_next"]
 StartNoise = Literal["table", "zeros", "rng"]
 GradMode = Literal["last", "none", "all"]
@@ -51,9 +51,13 @@ class DiffuserExpert(nn.Module):
 
     `fit_statistics` must have seen the targets before; forward and denoise raise ValueError otherwise.
 
-    param: what the network predicts; `denoise` always returns x0. With `eps` the last noise level keeps 1e-4
-        of the signal and x0 is clamped to 4 standard deviations.
-    ddim_steps: for stand-alone sampling; fused_steps: inside `forward`, always 1 unless target=hidden_same.
+    param: what the network predicts; `denoise` always returns x0. `posterior`: a mean of x0, into which the
+        latent is then weighed by `NoiseSchedule.gain` with the variance that `track_variance` measures.
+        `x0`, `v`, `eps`: that quantity. With `eps` the last noise level keeps 1e-4 of the signal and x0 is
+        clamped to 4 standard deviations.
+    ddim_steps: for stand-alone sampling.
+    fused_steps: inside `forward`. One step from pure noise is the posterior mean, which a likelihood needs;
+        further ones turn it into a sample. More than 1 is for target=hidden_same alone.
     x_T: start of sampling: a noise table by position, `zeros`, or fresh noise (`rng`, never cacheable).
     grad: what `forward` differentiates: the `last` step, `all`, or the last step without its input (`none`).
     max_positions: rows of the noise table held in memory; it grows on demand without changing.
@@ -63,6 +67,7 @@ class DiffuserExpert(nn.Module):
     target_mean: Tensor
     target_std: Tensor
     stats_ready: Tensor
+    variance: Tensor
     noise: Tensor
 
     def __init__(
@@ -73,10 +78,10 @@ class DiffuserExpert(nn.Module):
         ffn_dim: int = 512,
         train_T: int = 100,
         schedule: ScheduleKind = "cosine",
-        param: Param = "x0",
+        param: Param = "posterior",
         target: Target = "hidden_same",
         ddim_steps: int = 10,
-        fused_steps: int = 4,
+        fused_steps: int = 1,
         x_T: StartNoise = "table",
         grad: GradMode = "last",
         max_positions: int = 4096,
@@ -104,6 +109,9 @@ class DiffuserExpert(nn.Module):
         self.denoiser = TwoStreamDenoiser(
             d_model, num_layers, num_heads, ffn_dim, train_T, self_cond=self_cond, dropout=dropout
         )
+        if param == "posterior":
+            # standardised latents vary by 1 as long as nothing is known of them
+            self.register_buffer("variance", torch.ones(d_model))
         if target != "hidden_same":
             self.readout_proj = nn.Linear(d_model, d_model, bias=False)
             self.readout_norm = RMSNorm(d_model)
@@ -134,6 +142,19 @@ class DiffuserExpert(nn.Module):
         self.target_mean.copy_(mean)
         self.target_std.copy_(torch.where(varies, variance, 1.0).sqrt())
         self.stats_ready.fill_(True)
+
+    @torch.no_grad()
+    def track_variance(self, x0_hat: Tensor, x0: Tensor, tau: Tensor, valid: Tensor) -> None:
+        """Follow the variance that the context leaves in x0, per feature: a training step calls this.
+
+        It is the squared error of estimates x0_hat (B, L, d_model) made from pure noise, so only positions
+        count where tau (B, L) is the last level and `valid` (B, L) holds. A running mean over 50 steps. Does
+        nothing unless param=posterior.
+        """
+        pure = valid & (tau == self.schedule.train_T)
+        if self.param == "posterior" and bool(pure.any()):
+            error = (x0_hat - x0)[pure].float().square().mean(0)
+            self.variance.lerp_(error.to(self.variance), 0.02)
 
     def standardise(self, hidden: Tensor) -> Tensor:
         """Target vectors (..., d_model) to latents x0 of zero mean and unit variance."""
@@ -174,9 +195,21 @@ class DiffuserExpert(nn.Module):
         return self.denoiser(x_tau, tau, context, kv, layout, self_cond)
 
     def to_x0(self, prediction: Tensor, x_tau: Tensor, tau: int | Tensor) -> Tensor:
-        """x0 from a prediction of kind `param`."""
+        """x0 that a prediction of kind `param` stands for."""
+        if self.param == "posterior":
+            a, _ = self.schedule.levels(tau, x_tau)
+            gain = self.schedule.gain(self.variance.to(x_tau.dtype), tau, x_tau)
+            return prediction + gain * (x_tau - a * self.schedule.input_scale * prediction)
         x0 = self.schedule.to_x0(prediction, x_tau, tau, self.param)
         return x0.clamp(-EPS_CLAMP, EPS_CLAMP) if self.param == "eps" else x0
+
+    def from_x0(self, x0: Tensor, x_tau: Tensor, tau: int | Tensor) -> Tensor:
+        """The prediction of kind `param` that stands for x0 at level tau >= 1: inverse of `to_x0`."""
+        if self.param != "posterior":
+            return self.schedule.from_x0(x0, x_tau, tau, self.param)
+        a, _ = self.schedule.levels(tau, x_tau)
+        gain = self.schedule.gain(self.variance.to(x_tau.dtype), tau, x_tau)
+        return (x0 - gain * x_tau) / (1 - gain * a * self.schedule.input_scale)
 
     def denoise(
         self,

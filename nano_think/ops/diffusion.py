@@ -88,6 +88,18 @@ class NoiseSchedule:
             return (a * x - self.input_scale * x0) / g
         return (x - a * self.input_scale * x0) / g
 
+    def gain(self, variance: Tensor, tau: int | Tensor, like: Tensor) -> Tensor:
+        """Share K of an observed deviation x_tau - a s mean by which the mean of x0 has to move.
+
+        For x0 normal around `mean` with `variance` (d,), E[x0 | x_tau] = mean + K (x_tau - a s mean) with
+        K = a s variance / (a^2 s^2 variance + g^2): 0 at pure noise, 1 / (a s) without noise. With variance 1
+        and mean 0 it is the skip connection of Karras et al., arXiv 2206.00364, eq. 7.
+        tau >= 1. Broadcastable to `like` (..., d).
+        """
+        a, g = self.levels(tau, like)
+        signal = a * self.input_scale
+        return signal * variance / (signal.square() * variance + g.square())
+
     def ddim_step(self, x: Tensor, x0: Tensor, tau: int | Tensor, tau_next: int | Tensor) -> Tensor:
         """From level tau to tau_next < tau along the direction of x0, without new noise.
 

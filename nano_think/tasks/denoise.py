@@ -66,16 +66,20 @@ class DenoiseTask(FitTask):
         target, valid = self.targets(batch)
         x0 = expert.standardise(target)
         tau = sample_timesteps(tuple(valid.shape), expert.schedule.train_T, generator, self.time_sampler)
-        x0_hat, error = self._denoise(batch, x0, tau.to(x0.device), generator)
+        tau = tau.to(x0.device)
+        x0_hat, prediction, aim = self._denoise(batch, x0, tau, generator)
+        expert.track_variance(x0_hat, x0, tau, valid)
         sums = {"mse": ((x0_hat - x0).square().mean(-1) * valid).sum()}
         if self.mse_of == "x0":
             sums["loss"] = self.mse_weight * sums["mse"]
         else:
-            sums["mse_prediction"] = (error.square().mean(-1) * valid).sum()
+            sums["mse_prediction"] = ((prediction - aim).square().mean(-1) * valid).sum()
             sums["loss"] = self.mse_weight * sums["mse_prediction"]
         if self.ce_weight:
+            # where a latent is weighed in afterwards, the tokens judge what the network said without it
+            read = prediction if expert.param == "posterior" else x0_hat
             sums["cross_entropy"] = linear_cross_entropy(
-                expert.readout(x0_hat), self.network.embedding.weight, batch["labels"]
+                expert.readout(read), self.network.embedding.weight, batch["labels"]
             ).sum()
             sums["loss"] = sums["loss"] + self.ce_weight * sums["cross_entropy"]
         return sums
@@ -109,15 +113,14 @@ class DenoiseTask(FitTask):
 
     def _denoise(
         self, batch: Batch, x0: Tensor, tau: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Restored x0, and the error of what the network itself predicts (noise, where param is eps)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Restored x0, what the network itself predicts (noise, where param is eps), and what it should."""
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         expert = self.network.expert
         x_tau = expert.schedule.add_noise(x0, noise, tau)
         tokens, layout = self.network.embedding(batch["tokens"]), self.layout(batch)
         prediction = expert.predict(x_tau, tau, tokens, layout)
-        aim = expert.schedule.from_x0(x0, x_tau, tau, expert.param)
-        return expert.to_x0(prediction, x_tau, tau), prediction - aim
+        return expert.to_x0(prediction, x_tau, tau), prediction, expert.from_x0(x0, x_tau, tau)
 
     def _generator(self, epoch: int, batch_idx: int) -> torch.Generator:
         """Noise of one batch: a pure function of seed, epoch (-1 for validation) and batch number."""

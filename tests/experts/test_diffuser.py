@@ -11,7 +11,10 @@ from nano_think.experts.diffuser import DiffuserExpert
 from nano_think.ops.layout import Layout
 
 D = 32
+PARAMS = ["posterior", "x0", "v", "eps"]
 Randomise = Callable[..., nn.Module]
+# one step from an eps network is left out: at the last level it saturates at the clamp
+CAUSAL = [*((param, steps) for param in ("posterior", "x0", "v") for steps in (1, 4)), ("eps", 4)]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -64,7 +67,7 @@ class TestSizes:
         expert = DiffuserExpert()
         assert expert.schedule.train_T == 100
         assert expert.schedule.kind == "cosine"
-        assert (expert.ddim_steps, expert.fused_steps, len(expert.denoiser.blocks)) == (10, 4, 4)
+        assert (expert.ddim_steps, expert.fused_steps, len(expert.denoiser.blocks)) == (10, 1, 4)
         assert small(target="next_embed").fused_steps == 1
 
     @pytest.mark.parametrize("option", ["param", "target", "x_T", "grad"])
@@ -122,7 +125,7 @@ class TestStatistics:
 class TestDenoiser:
     @pytest.mark.parametrize("length", [1, 2, 17])
     @pytest.mark.parametrize("tau", [0, 50, 99, 100])
-    @pytest.mark.parametrize("param", ["x0", "v", "eps"])
+    @pytest.mark.parametrize("param", PARAMS)
     def test_shapes(self, live: Callable, length: int, tau: int, param: str) -> None:
         expert, c = live(param=param), normal(3, length, D)
         levels = torch.full((3,), tau)
@@ -147,21 +150,47 @@ class TestDenoiser:
     def test_first_estimate_is_the_mean(self) -> None:
         expert, x = small(), normal(2, 5, D)
         assert torch.equal(expert.denoise(normal(2, 5, D, seed=1), 100, x), torch.zeros(2, 5, D))
-        assert torch.equal(expert(x), expert.target_mean.expand(2, 5, D))
+        assert torch.equal(expert(x, steps=1), expert.target_mean.expand(2, 5, D))
 
     @pytest.mark.parametrize("scale", [1.0, 0.25])
     def test_denoise_returns_x0_for_every_parametrisation(self, live: Callable, scale: float) -> None:
         x, c, tau = normal(2, 5, D), normal(2, 5, D, seed=1), 60
-        for param in ("x0", "v", "eps"):
+        variance = torch.linspace(0.1, 2, D)
+        for param in PARAMS:
             expert = live(param=param, input_scale=scale)
+            if param == "posterior":
+                expert.variance.copy_(variance)
             a, g = (expert.schedule.abar[tau] ** 0.5).item(), ((1 - expert.schedule.abar[tau]) ** 0.5).item()
             raw = expert.predict(x, tau, c)
+            # mean of the normal x0 given x_tau, written with the two precisions
+            precisions = 1 / variance, (a * scale / g) ** 2
             expected = {
+                "posterior": (raw * precisions[0] + x / (a * scale) * precisions[1]) / sum(precisions),
                 "x0": raw,
                 "v": (a * x - g * raw) / scale,
                 "eps": ((x - g * raw) / (a * scale)).clamp(-4, 4),
             }[param]
-            torch.testing.assert_close(expert.denoise(x, tau, c), expected)
+            estimate = expert.denoise(x, tau, c)
+            torch.testing.assert_close(estimate, expected)
+            if param != "eps":  # that one clamps
+                torch.testing.assert_close(expert.from_x0(estimate, x, tau), raw, atol=1e-5, rtol=1e-4)
+
+    def test_the_variance_follows_the_error_at_pure_noise_alone(self) -> None:
+        expert, T = small(), 100
+        x0, error = normal(64, 8, D), torch.linspace(0.1, 2, D).sqrt() * normal(64, 8, D, seed=1).sign()
+        tau = torch.where(torch.arange(8) % 2 == 0, T, 40).expand(64, 8)
+        valid = torch.arange(8).expand(64, 8) < 6
+        estimate = x0 + torch.where((valid & (tau == T)).unsqueeze(-1), error, 100.0)
+        assert torch.equal(expert.variance, torch.ones(D))
+        for _ in range(500):
+            expert.track_variance(estimate, x0, tau, valid)
+        torch.testing.assert_close(expert.variance, torch.linspace(0.1, 2, D), atol=1e-3, rtol=0)
+        before = expert.variance.clone()
+        expert.track_variance(estimate, x0, torch.full_like(tau, 40), valid)
+        expert.track_variance(estimate, x0, tau, torch.zeros_like(valid))
+        assert torch.equal(expert.variance, before)
+        assert "variance" in expert.state_dict()
+        assert "variance" not in small(param="x0").state_dict()
 
     def test_eps_keeps_some_signal_at_the_last_level(self) -> None:
         assert small(param="eps").schedule.abar[-1] == 1e-4
@@ -179,8 +208,7 @@ class TestDenoiser:
 
 
 class TestCausality:
-    # one step from an eps network is left out: at the last level it saturates at the clamp
-    @pytest.mark.parametrize(("param", "steps"), [("x0", 1), ("x0", 4), ("v", 1), ("v", 4), ("eps", 4)])
+    @pytest.mark.parametrize(("param", "steps"), CAUSAL)
     @pytest.mark.parametrize("packed", [False, True])
     def test_only_later_outputs_feel_a_token(
         self, live: Callable, param: str, steps: int, packed: bool
@@ -245,7 +273,7 @@ def two_documents(first: int, second: int) -> Layout:
 
 class TestDecoding:
     @pytest.mark.parametrize("steps", [1, 4, 10])
-    @pytest.mark.parametrize("param", ["x0", "v", "eps"])
+    @pytest.mark.parametrize("param", PARAMS)
     @pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 1, 1, 4, 1]])
     def test_cached_is_full(self, live: Callable, steps: int, param: str, pieces: list[int]) -> None:
         expert, x = live(param=param, fused_steps=steps), normal(2, 12, D)
@@ -350,7 +378,7 @@ class TestGradients:
         (expected,) = torch.autograd.grad((output * weights).sum(), x)
         torch.testing.assert_close(slope, expected, atol=1e-4, rtol=1e-4)
 
-    @pytest.mark.parametrize("param", ["x0", "v", "eps"])
+    @pytest.mark.parametrize("param", PARAMS)
     @pytest.mark.parametrize("target", ["hidden_same", "next_embed", "hidden_next"])
     def test_every_parameter_learns(self, live: Callable, param: str, target: str) -> None:
         expert, c, x = (

@@ -41,6 +41,32 @@ def ddpm_betas(train_T: int) -> list[float]:
     return [(1e-4 + (2e-2 - 1e-4) * i / (train_T - 1)) * 1000 / train_T for i in range(train_T)]
 
 
+class TestGain:
+    @pytest.mark.parametrize("scale", [1.0, 0.25])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_reaches_the_least_possible_error(self, kind: str, scale: float) -> None:
+        """Against the regression of x0 on x_tau over 200,000 draws, and the closed form of its error."""
+        schedule, variance = NoiseSchedule(kind, input_scale=scale), torch.tensor([0.1, 2.0]).double()
+        mean = torch.tensor([3.0, -1.0]).double()
+        x0 = mean + variance.sqrt() * normal(200_000, 2)
+        for tau in (1, 30, 70, 100):
+            x = schedule.add_noise(x0, normal(200_000, 2, seed=1), tau)
+            a, g = schedule.levels(tau, x0)
+            deviation = x - a * scale * mean
+            slope = (deviation * (x0 - mean)).mean(0) / deviation.square().mean(0)
+            gain = schedule.gain(variance, tau, x)
+            # the regression's own standard error: residual deviation over that of the regressor
+            least = variance * g**2 / ((a * scale) ** 2 * variance + g**2)
+            error = (least / ((a * scale) ** 2 * variance + g**2) / 200_000).sqrt()
+            assert ((gain - slope).abs() < 5 * error + 1e-12).all()
+            reached = (mean + gain * deviation - x0).square().mean(0)
+            torch.testing.assert_close(reached, least.flatten(), rtol=0.02, atol=0)
+
+    def test_pure_noise_says_nothing(self) -> None:
+        schedule = NoiseSchedule()
+        assert torch.equal(schedule.gain(torch.ones(3), 100, torch.zeros(1, 1, 3)), torch.zeros(1, 1, 3))
+
+
 class TestSchedule:
     def test_cosine_closed_form(self) -> None:
         f = [math.cos((t / 100 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(100)]
