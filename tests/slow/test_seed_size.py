@@ -3,8 +3,8 @@
 A step is one of the plan: 32, 64 and 32 rows of 512 tokens for the experts, 4 times 16 for the mixture. Where the
 first takes longer than SLOW_STEP seconds, FEW_STEPS replace the 20, and the record says so. With
 NANO_THINK_RECORD=path the figures are written there as JSON; NANO_THINK_SEED_STEPS=20 (or any number) takes that
-many steps however long they take: about two hours of one core for 20. NANO_THINK_SEED_PRECISION=bf16-mixed shortens
-that by a third on a CPU that multiplies bf16 natively.
+many steps however long they take: about two hours of one core for 20. NANO_THINK_SEED_PRECISION=bf16-mixed takes
+a third less on a CPU that multiplies bf16 natively.
 """
 
 from __future__ import annotations
