@@ -47,6 +47,9 @@ mla: $(INSTALLED)  ## train router and MLA over the frozen experts (phase 7)
 eval: $(INSTALLED)  ## losses, routing, knock-outs, samples: one report (phase 8)
 	$(TRAIN) phase=eval $(ARGS)
 
+audit: $(INSTALLED)  ## the leak audit: of an untrained network, or with ARGS="ckpt=..." of a checkpoint
+	$(TRAIN) phase=audit $(ARGS)
+
 generate: $(INSTALLED)  ## continue a prompt: make generate ARGS='prompt="Once upon a time"' (phase 8)
 	$(TRAIN) phase=generate $(ARGS)
 
@@ -97,6 +100,6 @@ phase7: mla  ## = mla
 phase8: eval generate  ## = eval and generate
 phase9: bench  ## = bench
 
-.PHONY: help setup data tokenizer expert-transformer expert-diffuser expert-state-space mla eval generate demo \
+.PHONY: help setup data tokenizer expert-transformer expert-diffuser expert-state-space mla eval audit generate demo \
   sweep tensorboard test test-slow lint check bench clean \
   phase0 phase1 phase2 phase3 phase4 phase5 phase6 phase7 phase8 phase9

@@ -2,23 +2,37 @@
 
 Chunks of m tokens count from the start of a document (RETRO, arXiv 2112.04426): the neighbours of chunk u - 1
 serve the tokens of chunk u, chunk 0 has none, so nothing a token sees depends on a later token. Nothing here
-has gradients and nothing writes to the store.
+has gradients and nothing writes to the store, except for two leaky options, see `leaky_settings`.
 
 Letters: B rows, L positions, U groups of slots in a row, k slots of a group, d width, m chunk, N chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nano_think.chunks import ChunkEncoder
+from nano_think.chunks import ChunkEncoder, chunk_records
 from nano_think.ops.layout import Layout
 from nano_think.vector_records import Hits, Reader
 from nano_think.vector_store import VectorStore
+
+# Longer than any document.
+WHOLE = 1 << 31
+
+
+def leaky_settings(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a `Retriever` by which a token may learn of later ones, in words; empty for causal ones."""
+    found = []
+    if settings.get("granularity") == "sequence":
+        found.append("retrieval.granularity=sequence reads later tokens")
+    if settings.get("write_on_read"):
+        found.append("retrieval.write_on_read=true stores what it reads, for the next reading to find")
+    return found
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,8 @@ class Granularity:
     """Which query serves which position, positions counting from the start of the document.
 
     group_of maps positions to group numbers, 0 for "no memory"; window maps group numbers to the (begin, end)
-    of the tokens that the query of that group is made of. Causal because end <= position + 1 for every
-    position of the group. width bounds end - begin.
+    of the tokens that the query of that group is made of, cut off where the document ends. Causal because
+    end <= position + 1 for every position of the group, "sequence" being the exception. width bounds end - begin.
     """
 
     width: int
@@ -92,6 +106,9 @@ class Granularity:
     def named(cls, name: str, chunk: int, prompt_len: int | None = None) -> Granularity:
         """What asks: the chunk before ("chunk"), the last m tokens ("token"), the prompt for what follows it.
 
+        "sequence" asks once with the whole document for all its tokens, as the plan does. That reads later
+        tokens: it is for analysis and cannot decode.
+
         Raises:
             ValueError: an unknown name, or "prompt" without prompt_len >= 1.
         """
@@ -99,8 +116,12 @@ class Granularity:
             return cls(chunk, lambda p: p // chunk, lambda g: ((g - 1) * chunk, g * chunk))
         if name == "token":
             return cls(chunk, lambda p: p + 1, lambda g: ((g - chunk).clamp_min(0), g))
+        if name == "sequence":
+            return cls(WHOLE, torch.ones_like, lambda g: (g * 0, g * 0 + WHOLE))
         if name != "prompt":
-            raise ValueError(f"unknown retrieval granularity {name!r}: choose chunk, prompt or token")
+            raise ValueError(
+                f"unknown retrieval granularity {name!r}: choose chunk, prompt, token or sequence"
+            )
         if not prompt_len or prompt_len < 1:
             raise ValueError("granularity 'prompt' needs prompt_len, the number of tokens of the prompt")
         length = prompt_len
@@ -111,11 +132,14 @@ class Retriever:
     """Finds memory for tokens.
 
     Args:
-        store: read only here.
+        store: read only, unless write_on_read.
         encoder: makes the queries; its fingerprint must be that of the store's keys.
         chunk: m, tokens between two refreshes.
         k: neighbours of a query; 0 switches memory off.
-        granularity: "chunk", "prompt" or "token" (one search a token: slow), see `Granularity.named`.
+        granularity: "chunk", "prompt", "token" (one search a token: slow) or "sequence" (leaky), see
+            `Granularity.named`.
+        write_on_read: `retrieve` stores the chunks that it has read, as the plan's forward pass does, so that
+            whoever reads the text again finds what comes next. Leaky: for analysis alone.
 
     Raises:
         ValueError: an unknown granularity, chunk < 1, k < 0, or a store written with another encoder.
@@ -129,6 +153,7 @@ class Retriever:
         chunk: int = 64,
         k: int = 4,
         granularity: str = "chunk",
+        write_on_read: bool = False,
     ) -> None:
         if chunk < 1 or k < 0:
             raise ValueError(f"need chunk >= 1 and k >= 0, got chunk={chunk} and k={k}")
@@ -136,6 +161,12 @@ class Retriever:
             raise ValueError("the store was written with another chunk encoder: build it again with this one")
         Granularity.named(granularity, chunk, prompt_len=1)
         self.store, self.encoder, self.chunk, self.k, self.granularity = store, encoder, chunk, k, granularity
+        self.write_on_read = write_on_read
+
+    @property
+    def leaks(self) -> list[str]:
+        """Leaky options that are on, see `nano_think.nn.leaks`."""
+        return leaky_settings({"granularity": self.granularity, "write_on_read": self.write_on_read})
 
     @torch.no_grad()
     def retrieve(
@@ -154,7 +185,13 @@ class Retriever:
         Raises:
             ValueError: granularity "prompt" without prompt_len; see also `VectorStore.search`.
         """
-        layout, reader = Layout.of(tokens, layout), reader or Reader()
+        layout = Layout.of(tokens, layout)
+        slots = self._read(tokens, layout, reader or Reader(), prompt_len)
+        if self.write_on_read:
+            self._write(tokens, layout)
+        return slots
+
+    def _read(self, tokens: Tensor, layout: Layout, reader: Reader, prompt_len: int | None) -> MemorySlots:
         plan = Granularity.named(self.granularity, self.chunk, prompt_len)
         positions, pads = layout.positions.expand_as(tokens), layout.pads.expand_as(tokens)
         group = plan.group_of(positions).masked_fill(pads, 0)
@@ -167,10 +204,25 @@ class Retriever:
         if self.k == 0 or len(self.store) == 0 or len(rows) == 0:
             return MemorySlots.none(index, self.k, self.store.d_model)
         begin, end = plan.window(group[rows, columns])
+        if self.granularity == "sequence":
+            segments = layout.segments.expand_as(tokens)
+            end = (segments[rows] == segments[rows, columns].unsqueeze(1)).sum(1)
         start = columns - positions[rows, columns]
-        blocks = _gather_window(tokens, rows, start + begin, start + end, plan.width)
+        width = min(plan.width, tokens.shape[1])
+        blocks = _gather_window(tokens, rows, start + begin, start + end, width)
         found = self.search(blocks, _at(reader, rows, columns))
         return self.lay_out(found, rows, index[rows, columns], index)
+
+    def _write(self, tokens: Tensor, layout: Layout) -> None:
+        """Store the chunks of `tokens` that something follows; the value is the mean embedding of what follows.
+
+        That stands for the model's output over the chunk after, which `chunk_records` is made for and a
+        retriever does not know. As in the plan, no record says whose document it is from.
+        """
+        embedded = self.encoder.table[tokens.to(self.encoder.table.device)].to(tokens.device)
+        records = chunk_records(self.encoder, tokens, embedded, layout, chunk=self.chunk)
+        if len(records.keys):
+            self.store.add(records.keys, records.values, **records.meta)
 
     def search(self, blocks: Tensor, reader: Reader) -> Hits:
         """Neighbours of blocks of tokens (N, w), -1 = pad, on the device of the tokens."""
@@ -195,7 +247,10 @@ class Retriever:
         return MemorySlots(placed(found.values, 0), valid, index.masked_fill(fruitless, -1), hits)
 
     def init_state(self, batch: int, reader: Reader | None = None) -> RetrievalState:
-        """State for decoding one unpacked document per row; `reader` names the documents as (B,)."""
+        """State for decoding one unpacked document per row; `reader` names the documents as (B,).
+
+        Decoding never writes. Raises ValueError for granularity "sequence".
+        """
         return RetrievalState(self, batch, reader or Reader())
 
 
@@ -209,6 +264,10 @@ class RetrievalState:
     _KEPT = 2
 
     def __init__(self, retriever: Retriever, batch: int, reader: Reader) -> None:
+        if retriever.granularity == "sequence":
+            raise ValueError(
+                "retrieval.granularity=sequence reads later tokens and cannot decode; choose chunk"
+            )
         self.retriever, self.reader = retriever, reader
         self.tokens = torch.empty(batch, 0, dtype=torch.int64)
         self.prompt_len = 0

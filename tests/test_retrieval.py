@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from nano_think.chunks import ChunkEncoder, chunk_records
+from nano_think.chunks import ChunkEncoder, chunk_records, complete_chunks
 from nano_think.ops.layout import Layout
 from nano_think.retrieval import MemorySlots, Retriever
 from nano_think.vector_records import Reader, session_id
@@ -285,3 +285,104 @@ def test_wrong_settings_are_refused(encoder):
         Retriever(store, ChunkEncoder.mean_of(encoder.table + 1))
     with pytest.raises(ValueError, match="prompt_len"):
         Retriever(store, encoder, granularity="prompt").retrieve(random_tokens(1, 70))
+
+
+class TestWholeSequence:
+    def test_one_query_a_document_of_all_its_tokens(self, encoder):
+        store = filled_store(encoder, chunk=4)
+        tokens, layout, documents = packed_row()
+        slots = Retriever(store, encoder, chunk=4, k=3, granularity="sequence").retrieve(tokens, layout)
+        for row, begin, length in documents:
+            query = encoder.encode(tokens[row : row + 1, begin : begin + length])
+            expected = store.search(query, 3, Reader())
+            for column in range(begin, begin + length):
+                assert seen_by(slots, row, column) == expected.ids[0].tolist()
+                assert torch.equal(slots.values[row, slots.index[row, column]], expected.values[0])
+        assert (slots.index[layout.pads] == -1).all()
+        assert slots.values.shape[1] == int(slots.index.max()) + 1
+
+    def test_a_later_token_changes_what_the_first_sees_in_its_own_document_alone(self, encoder):
+        store = filled_store(encoder, chunk=4)
+        tokens, layout, _ = packed_row()
+        changed = tokens.clone()
+        changed[0, 20:23] = (changed[0, 20:23] + 7) % VOCAB  # the end of the document that begins at 13
+        for granularity, first_moves in (("sequence", True), ("chunk", False), ("token", False)):
+            retriever = Retriever(store, encoder, chunk=4, granularity=granularity)
+            before, after = (retriever.retrieve(some, layout) for some in (tokens, changed))
+            assert (seen_by(before, 0, 13) != seen_by(after, 0, 13)) == first_moves
+            others = [*((0, column) for column in (0, 8, 9, 12, 23, 24)), *((1, c) for c in range(20))]
+            assert all(seen_by(before, *where) == seen_by(after, *where) for where in others)
+
+    def test_it_cannot_decode(self, encoder):
+        retriever = Retriever(filled_store(encoder), encoder, granularity="sequence")
+        with pytest.raises(ValueError, match=r"granularity=sequence .* cannot decode"):
+            retriever.init_state(1)
+
+
+class TestWriteOnRead:
+    def test_reading_changes_the_store_with_the_option_alone(self, encoder):
+        tokens = random_tokens(2, 200)
+        for option, added in (({}, 0), ({"write_on_read": True}, 2 * 3)):
+            store = filled_store(encoder)
+            before = len(store)
+            Retriever(store, encoder, **option).retrieve(tokens)
+            assert len(store) == before + added
+
+    def test_a_pass_reads_as_ever_and_the_next_finds_what_follows_each_chunk(self, encoder):
+        store = VectorStore(WIDTH, chunk=4)
+        tokens, layout, _ = packed_row()
+        retriever = Retriever(store, encoder, chunk=4, k=1, write_on_read=True)
+        assert retriever.retrieve(tokens, layout).empty
+        slots = retriever.retrieve(tokens, layout)
+        chunks = complete_chunks(tokens, layout, 4)
+        judged = 0
+        for row, begin in zip(chunks.rows.tolist(), chunks.begin.tolist(), strict=True):
+            segment = layout.segments[row, begin]
+            following = [
+                c for c in range(begin + 4, min(begin + 8, 26)) if layout.segments[row, c] == segment
+            ]
+            for column in following:
+                value = slots.values[row, slots.index[row, column], 0]
+                torch.testing.assert_close(value, encoder.table[tokens[row, following]].mean(0))
+                judged += 1
+        assert judged == int((slots.index >= 0).sum()) > 20
+
+    def test_what_an_earlier_reading_saw_later_reaches_earlier_tokens(self, encoder):
+        """Two texts that part at token 100; readers of their common beginning see which of them was read."""
+        tokens = random_tokens(1, 128)
+        other = torch.cat((tokens[:, :100], random_tokens(1, 28, seed=5)), dim=1)
+        seen = {}
+        for write in (False, True):
+            for name, first in (("same", tokens), ("other", other)):
+                retriever = Retriever(filled_store(encoder), encoder, write_on_read=write)
+                retriever.retrieve(first)
+                seen[write, name] = retriever.retrieve(tokens[:, :100]).values
+        assert torch.equal(seen[False, "same"], seen[False, "other"])
+        assert not torch.equal(seen[True, "same"], seen[True, "other"])
+
+    def test_the_rule_against_ones_own_document_does_not_hold_it_back(self, encoder):
+        store, tokens = VectorStore(WIDTH, chunk=64), random_tokens(1, 128)
+        uid = torch.full_like(tokens, 3)
+        retriever = Retriever(store, encoder, write_on_read=True)
+        for found in (0, 1):
+            slots = retriever.retrieve(tokens, reader=Reader(doc_uid=uid, cluster=uid))
+            assert int(slots.valid.sum()) == found
+
+    def test_decoding_does_not_write(self, encoder):
+        store = filled_store(encoder)
+        before = len(store)
+        Retriever(store, encoder, write_on_read=True).init_state(1).step(random_tokens(1, 200))
+        assert len(store) == before
+
+
+def test_retrievers_name_their_leaks(encoder):
+    store = filled_store(encoder)
+    for options, parts in (
+        ({}, []),
+        ({"granularity": "token"}, []),
+        ({"granularity": "sequence"}, ["granularity=sequence"]),
+        ({"granularity": "sequence", "write_on_read": True}, ["granularity=sequence", "write_on_read=true"]),
+    ):
+        leaks = Retriever(store, encoder, **options).leaks
+        assert len(leaks) == len(parts)
+        assert all(part in leak for part, leak in zip(parts, leaks, strict=True))

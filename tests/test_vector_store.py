@@ -150,6 +150,91 @@ def test_visibility_equals_the_rule_record_by_record(backend, data):
     assert (hits.valid.int().diff(dim=1) <= 0).all()
 
 
+class Shelf:
+    """What a store must be, as a list of records: the oldest first, the oldest dropped, every one asked."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.generation, self.serial = capacity, 0, 0
+        self.records: list[dict] = []
+
+    def add(self, count: int, **columns: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys (count, d) and numbers (count,) of new records."""
+        numbers = np.arange(self.serial, self.serial + count)
+        keys = np.concatenate([unit(1, 6, seed=1000 + number) for number in numbers.tolist()])
+        for number, key in zip(numbers.tolist(), keys, strict=True):
+            self.records.append({"number": number, "key": key, "generation": self.generation, **columns})
+        self.records = self.records[-self.capacity :]
+        self.serial += count
+        return keys, numbers
+
+    def numbers(self, queries: np.ndarray, k: int, reader: Reader) -> list[list[int]]:
+        hits = expected_hits(queries, self.records, reader, k)
+        return [[self.records[i]["number"] for i in row] for row in hits]
+
+
+sessions = st.sampled_from([0, 0, 5, 6])
+numbers = st.integers(-1, 2)
+asked = st.sampled_from([None, *range(3)])
+store_programs = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 6), numbers, numbers, st.sampled_from(SPLITS), sessions),
+        st.tuples(st.just("publish")),
+        st.tuples(st.just("forget"), sessions),
+        st.tuples(
+            st.just("read"),
+            asked,
+            asked,
+            st.booleans(),
+            st.sets(st.sampled_from(SPLITS), min_size=2),
+            sessions,
+        ),
+    ),
+    min_size=4,
+    max_size=16,
+)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@settings(max_examples=60)
+@given(program=store_programs, capacity=st.sampled_from([5, 12, 100]))
+def test_any_program_of_writing_publishing_forgetting_and_reading_equals_a_list(backend, program, capacity):
+    """Numbers of the records found, in order; scores are fp32, random keys in 6 dimensions do not tie."""
+    store = VectorStore(6, backend=backend, capacity=capacity, near_duplicate=None)
+    shelf, queries = Shelf(capacity), unit(3, 6, seed=7)
+    last = [
+        ("read", None, None, published, set(SPLITS), session)
+        for published, session in ((False, 5), (True, 0))
+    ]
+    for action, *given_ in [*program, *last]:
+        if action == "add":
+            count, uid, cluster, split, session = given_
+            columns = {"doc_uid": uid, "cluster": cluster, "session": session}
+            keys, serial = shelf.add(count, split=SPLITS.index(split), **columns)
+            store.add(keys, chunk=serial, split=split, **columns)
+        elif action == "publish":
+            shelf.generation += 1
+            assert store.publish() == shelf.generation
+        elif action == "forget":
+            store.reset(session=given_[0])
+            shelf.records = [r for r in shelf.records if r["session"] != given_[0]]
+        else:
+            uid, cluster, published, splits, session = given_
+            reader = Reader(
+                doc_uid=None if uid is None else torch.tensor([uid, -1, 0]),
+                cluster=None if cluster is None else torch.tensor([-1, cluster, 0]),
+                generation=shelf.generation if published else None,
+                splits=tuple(sorted(splits)),
+                session=session,
+            )
+            hits = store.search(torch.from_numpy(queries), 3, reader)
+            found = store.lookup(hits.ids)["chunk"]
+            shown = [row[valid].tolist() for row, valid in zip(found, hits.valid.numpy(), strict=True)]
+            assert shown == shelf.numbers(queries, 3, reader)
+        assert len(store) == len(shelf.records)
+        for session in (0, 5, 6):
+            assert store.count(session) == sum(r["session"] == session for r in shelf.records)
+
+
 def test_candidates_grow_until_k_are_visible(monkeypatch):
     monkeypatch.setattr(vector_store, "_MAX_CANDIDATES", 50)
     store = VectorStore(16, near_duplicate=None)

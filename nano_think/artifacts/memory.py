@@ -1,7 +1,7 @@
 """A model's memory on disk and in use: the store, the frozen chunk encoder, and the retriever over both.
 
 encoder.safetensors    the chunk encoder
-settings.json          chunk length, neighbours, granularity, figures of the build
+settings.json          chunk length, neighbours, granularity, whether reading writes; figures of the build
 store/                 generations of the vector store
 """
 
@@ -22,7 +22,7 @@ from nano_think.errors import UserError
 from nano_think.files import write_json
 from nano_think.model import NanoThink
 from nano_think.ops.layout import Layout
-from nano_think.retrieval import MemorySlots, Retriever
+from nano_think.retrieval import MemorySlots, Retriever, leaky_settings
 from nano_think.vector_records import Reader
 from nano_think.vector_store import VectorStore
 
@@ -42,8 +42,13 @@ class Memory:
     def over(
         cls, store: VectorStore, encoder: ChunkEncoder, retrieval: Mapping[str, Any], figures: dict[str, Any]
     ) -> Memory:
-        """Memory with `retrieval` settings k, chunk, granularity."""
+        """Memory with `retrieval` settings k, chunk, granularity, write_on_read."""
         return cls(store, encoder, Retriever(store, encoder, **retrieval), figures)
+
+    @property
+    def leaks(self) -> list[str]:
+        """Leaky options that are on, see `nano_think.nn.leaks`."""
+        return self.retriever.leaks
 
     def slots(self, batch: Mapping[str, Tensor]) -> MemorySlots:
         """Slots of a batch; a document never finds itself or a near copy."""
@@ -96,23 +101,34 @@ def fused_hidden(model: NanoThink, tokens: Tensor, layout: Layout | None = None)
 def save_memory(memory: Memory, path: Path) -> None:
     """Write the folder described at the top of this module."""
     save_tensors(path / "encoder.safetensors", memory.encoder.state_dict())
-    retriever = memory.retriever
-    retrieval = {"k": retriever.k, "chunk": retriever.chunk, "granularity": retriever.granularity}
+    names = ("k", "chunk", "granularity", "write_on_read")
+    retrieval = {name: getattr(memory.retriever, name) for name in names}
     memory.store.save(path / "store")
     write_json(path / "settings.json", {"retrieval": retrieval, "figures": memory.figures})
 
 
 def load_memory(path: Path) -> Memory | None:
     """The memory in a folder; None where there is none. Raises UserError where it is damaged."""
-    if not (path / "settings.json").is_file():
+    settings = _settings(path)
+    if settings is None:
         return None
-    try:
-        settings = json.loads((path / "settings.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete its folder and make it again") from error
     tensors = load_tensors(path / "encoder.safetensors")
     vocab_size, d_model = tensors["table"].shape
     encoder = ChunkEncoder(vocab_size=vocab_size, d_model=d_model)
     encoder.load_state_dict(tensors)
     store = VectorStore.load(path / "store", fingerprint=encoder.fingerprint())
     return Memory.over(store, encoder, settings["retrieval"], settings["figures"])
+
+
+def memory_leaks(path: Path) -> list[str]:
+    """Leaky options of the memory in a folder, told without loading its store; empty where there is none."""
+    return leaky_settings((_settings(path) or {}).get("retrieval", {}))
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    if not (path / "settings.json").is_file():
+        return None
+    try:
+        return json.loads((path / "settings.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete its folder and make it again") from error

@@ -182,6 +182,7 @@ def read_prompt(prompt: str | None, prompt_file: str | None, stdin: TextIO) -> s
         raise UserError(f"standard input cannot be read ({error}): pipe UTF-8 text into it") from error
 
 
-def save_continuations(path: Path, continuations: list[Continuation]) -> None:
-    """Write texts, tokens and weights as JSON."""
-    write_json(path, [continuation.as_json() for continuation in continuations])
+def save_continuations(path: Path, continuations: list[Continuation], mark: str = "") -> None:
+    """Write texts, tokens and weights as JSON, with the mark of a model that reads later tokens if it has one."""
+    warning = {"mark": mark} if mark else {}
+    write_json(path, [continuation.as_json() | warning for continuation in continuations])

@@ -7,6 +7,8 @@ position, and one cache serves every denoising step (block size 1 of Arriola et 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,17 @@ from nano_think.nn.norm import RMSNorm
 from nano_think.ops.layout import Layout
 
 KeysValues = tuple[Tensor, Tensor]
+
+
+class WholeDocuments(Layout):
+    """A layout in which a token attends to all of its document, later tokens included: good for analysis only."""
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B, 1, L, L) bool, True inside one document; a pad attends to itself alone."""
+        same = self.segments.unsqueeze(2) == self.segments.unsqueeze(1)
+        itself = torch.eye(self.segments.shape[1], dtype=torch.bool, device=self.segments.device)
+        return ((same & ~self.pads.unsqueeze(1)) | itself).unsqueeze(1)
 
 
 class TimeEmbedding(nn.Module):

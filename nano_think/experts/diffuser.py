@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nano_think.cache import Cache
-from nano_think.experts.denoiser_block import KeysValues, TwoStreamDenoiser
+from nano_think.experts.denoiser_block import KeysValues, TwoStreamDenoiser, WholeDocuments
 from nano_think.nn.block import ExpertInput
 from nano_think.nn.norm import RMSNorm
 from nano_think.ops.diffusion import (
@@ -37,6 +37,7 @@ GradMode = Literal["last", "none", "all"]
 
 EPS_TERMINAL = 1e-4
 EPS_CLAMP = 4.0
+BIDIRECTIONAL = "experts.diffuser.bidirectional=true reads later tokens"
 
 
 class DiffuserExpert(nn.Module):
@@ -62,6 +63,8 @@ class DiffuserExpert(nn.Module):
     grad: what `forward` differentiates: the `last` step, `all`, or the last step without its input (`none`).
     max_positions: rows of the noise table held in memory; it grows on demand without changing.
     self_cond: feed the previous estimate back; only then is its input map (d_model^2 weights) there.
+    bidirectional: both streams attend to all of a document, later tokens included, as the plan's denoiser does:
+        for analysis in eval mode, refused in training and in `extend`. A `draft` stays causal.
     """
 
     target_mean: Tensor
@@ -89,6 +92,7 @@ class DiffuserExpert(nn.Module):
         self_cond: bool = False,
         dropout: float = 0.1,
         input_scale: float = 1.0,
+        bidirectional: bool = False,
     ) -> None:
         super().__init__()
         for name, value, kind in (
@@ -100,7 +104,7 @@ class DiffuserExpert(nn.Module):
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
         self.d_model, self.param, self.target, self.x_T, self.grad = d_model, param, target, x_T, grad
-        self.ddim_steps, self.noise_seed = ddim_steps, noise_seed
+        self.ddim_steps, self.noise_seed, self.bidirectional = ddim_steps, noise_seed, bidirectional
         self.fused_steps = fused_steps if target == "hidden_same" else 1
         self.schedule = NoiseSchedule(
             schedule, train_T, terminal=EPS_TERMINAL if param == "eps" else 0.0, input_scale=input_scale
@@ -120,6 +124,11 @@ class DiffuserExpert(nn.Module):
         self.register_buffer("target_std", torch.ones(d_model))
         self.register_buffer("stats_ready", torch.tensor(False))
         self.register_buffer("noise", noise_table(max_positions, d_model, noise_seed), persistent=False)
+
+    @property
+    def leaks(self) -> list[str]:
+        """Leaky options that are on, see `nano_think.nn.leaks`."""
+        return [BIDIRECTIONAL] if self.bidirectional else []
 
     @torch.no_grad()
     def fit_statistics(self, hidden: Tensor | Iterable[Tensor]) -> None:
@@ -173,7 +182,7 @@ class DiffuserExpert(nn.Module):
 
     def clean_stream(self, c: Tensor, layout: Layout | None = None) -> list[KeysValues]:
         """Keys and values of every layer for expert inputs c (B, L, d_model): all that a noisy pass reads."""
-        return self.denoiser.clean_stream(self._context(c), Layout.of(c, layout))
+        return self.denoiser.clean_stream(self._context(c), self._layout(c, layout))
 
     def predict(
         self,
@@ -190,7 +199,7 @@ class DiffuserExpert(nn.Module):
         self_cond: an earlier estimate of x0 (B, L, d_model), without gradient; None stands for zeros.
         """
         self._require_statistics()
-        layout, context = Layout.of(c, layout), self._context(c)
+        layout, context = self._layout(c, layout), self._context(c)
         kv = self.denoiser.clean_stream(context, layout) if kv is None else kv
         return self.denoiser(x_tau, tau, context, kv, layout, self_cond)
 
@@ -235,7 +244,7 @@ class DiffuserExpert(nn.Module):
         steps: `fused_steps` where not given. generator: for x_T=rng. Positions must lie below L.
         """
         self._require_statistics()
-        layout = Layout.of(x, layout)
+        layout = self._layout(x, layout)
         context = self._context(x.detach() if self.grad == "none" else x)
         clean = self.denoiser.clean_stream(context, layout)
         start = self._start(context, layout.positions, x.shape[1], generator)
@@ -255,6 +264,8 @@ class DiffuserExpert(nn.Module):
     ) -> Tensor:
         """Output vectors (B, n, d_model) of n new positions: one clean pass and `steps` noisy ones."""
         self._require_statistics()
+        if self.bidirectional:
+            raise ValueError(f"{BIDIRECTIONAL} and cannot decode; choose false")
         end = state.length + x.shape[1]
         layout = Layout.span(state.length, x.shape[1], x.device)
         context = self._context(x)
@@ -301,6 +312,15 @@ class DiffuserExpert(nn.Module):
         noise = torch.randn(shape, generator=generator, device=generator.device).to(prompt.device)
         timesteps = self._timesteps(self.ddim_steps if steps is None else steps)
         return nearest(ddim_sample(self.schedule, denoise, noise, timesteps))
+
+    def _layout(self, c: Tensor, layout: Layout | None) -> Layout:
+        """The layout that both streams attend by."""
+        layout = Layout.of(c, layout)
+        if not self.bidirectional:
+            return layout
+        if self.training:
+            raise ValueError(f"{BIDIRECTIONAL}; train with false")
+        return WholeDocuments(layout.positions, layout.segments)
 
     def _context(self, c: Tensor) -> Tensor:
         return self.denoiser.context_in(self.entry(c))

@@ -22,11 +22,14 @@ from nano_think.evals.ngram import KneserNey
 from nano_think.evals.pools import SharedForward
 from nano_think.evals.report import Report, render_table
 from nano_think.model import ExpertLM
+from nano_think.nn.leaks import leaks, mark
 from nano_think.ops.layout import Layout
 from nano_think.phases import sections
+from nano_think.phases.audit import require_or_mark
 from nano_think.phases.data import data_module, load_corpus, shards_maker
 from nano_think.phases.generate import model_of
 from nano_think.phases.run import Run
+from nano_think.phases.sections_diffuser import diffuser
 
 NGRAMS = {"Kneser-Ney bigram": 2, "Kneser-Ney trigram": 3}
 
@@ -45,6 +48,7 @@ class Evaluation:
         run.obtain(shards)
         self.data = data_module(run, shards, self.settings["batch_size"], train_split="expert_train")
         require_same_tokenizer(self.checkpoint, self.data.tokenizer_hash)
+        self.audit = require_or_mark(run, self.checkpoint)
         self.domains, self.tokenizer = self.data.domains, self.checkpoint.tokenizer
         self.corpus = load_corpus(run, shards.needs["corpus"]).manifest
         self.report = Report(f"Evaluation of {self.checkpoint.name} on {self.settings['split']}")
@@ -99,14 +103,17 @@ def run(run: Run, ckpt: str | None = None) -> dict[str, Any]:
     """Losses with intervals, differences, routing, knock-outs, retrieval, samples; one report."""
     evaluation = Evaluation(run, ckpt)
     run.say(f"evaluating {evaluation.checkpoint.path} on {evaluation.settings['split']}")
+    if marked := mark(leaks(evaluation.checkpoint.model, evaluation.memory)):
+        run.say(f"[bold]{marked}[/bold]")
+        evaluation.report.text(f"**{marked}**").json({"mark": marked})
     sections.setting(evaluation)
-    losses = _losses(evaluation)
+    losses, weights = _losses(evaluation)
     sections.loss_tables(evaluation, losses)
     if evaluation.fused:
-        sections.routing(evaluation)
+        sections.routing(evaluation, weights)
         sections.knock_outs(evaluation, losses)
         sections.retrieval(evaluation)
-    sections.diffuser(evaluation)
+    diffuser(evaluation)
     sections.training(evaluation)
     sections.samples(evaluation)
     sections.parameters(evaluation)
@@ -119,13 +126,17 @@ def run(run: Run, ckpt: str | None = None) -> dict[str, Any]:
     return {"report": str(path), "objective": losses[evaluation.checkpoint.name].loss()}
 
 
-def _losses(evaluation: Evaluation) -> dict[str, DocumentLosses]:
-    """Every model on the same tokens, by name; the checkpoint itself under its own name."""
+def _losses(evaluation: Evaluation) -> tuple[dict[str, DocumentLosses], list[torch.Tensor]]:
+    """Every model on the same tokens, by name; the checkpoint itself under its own name.
+
+    Of a fused one also its routing weights (B, L, N), a tensor a batch.
+    """
     models: dict[str, NllFunction] = {}
+    weights: list[torch.Tensor] = []
     own = evaluation.checkpoint
     if evaluation.fused:
         shared = SharedForward(own.model, evaluation.memory.slots if evaluation.memory else None)
-        models[own.name] = shared.fused()
+        models[own.name] = _noting(shared, weights)
         for name in own.model.expert_names:
             models[f"without {name}"] = shared.without([name])
         if evaluation.memory:
@@ -138,9 +149,19 @@ def _losses(evaluation: Evaluation) -> dict[str, DocumentLosses]:
         models["uniform average"] = pool.pooled(torch.full((count,), 1.0 / count))
         models["static weights (7a)"] = pool.fused()
     models |= ngram_models(evaluation)
-    return evaluate_models(
-        models, evaluation.batches(), evaluation.tokenizer.byte_lengths, len(evaluation.domains)
-    )
+    lengths, domains = evaluation.tokenizer.byte_lengths, len(evaluation.domains)
+    return evaluate_models(models, evaluation.batches(), lengths, domains), weights
+
+
+def _noting(shared: SharedForward, weights: list[torch.Tensor]) -> NllFunction:
+    """The losses of the fused model; its routing weights, known by the way, are appended to `weights`."""
+    fused = shared.fused()
+
+    def nll(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        weights.append(shared.weights(batch))
+        return fused(batch)
+
+    return nll
 
 
 def lone_expert(model: ExpertLM) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:

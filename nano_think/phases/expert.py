@@ -16,6 +16,7 @@ from nano_think.artifacts.build import check as check_network
 from nano_think.artifacts.checkpoint import load_checkpoint, save_expert
 from nano_think.errors import UserError
 from nano_think.model import ExpertLM
+from nano_think.nn.leaks import leaks, refusal
 from nano_think.phases.data import shards_maker
 from nano_think.phases.fit import Fit
 from nano_think.phases.run import Maker, Run
@@ -35,6 +36,9 @@ def expert_maker(run: Run, name: str) -> Maker:
     needs = {need: expert_maker(_run_of(run, need), need) for need in _needs(run, name, training)}
     network = run.plain(run.cfg.experts[name])
     check_network(network, f"experts.{name}")
+    with torch.device("meta"):
+        if found := leaks(build_network(network)):
+            raise UserError(refusal(found))
     objective = {key: training[key] for key in OBJECTIVE_KEYS if key in training}
     spec = {
         "network": network,

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint
+from nano_think.artifacts.memory import memory_leaks
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.engine.session import Session, continue_text, read_prompt, save_continuations, session_folder
 from nano_think.errors import UserError
+from nano_think.nn.leaks import leaks, mark
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.mla import last_stage, mla_maker
 from nano_think.phases.run import Run
@@ -31,7 +33,10 @@ def model_of(run: Run, ckpt: str | None = None) -> Checkpoint:
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Stream the continuation to the terminal, write tokens and weights as JSON."""
+    """Stream the continuation to the terminal, write tokens and weights as JSON.
+
+    Both carry the mark of a model that reads later tokens, unless such a model cannot generate at all.
+    """
     settings = run.plain(run.cfg.generate)
     try:
         config = SamplingConfig(
@@ -49,11 +54,20 @@ def run(run: Run) -> dict[str, Any]:
     folder = None if name is None else session_folder(run.root / "sessions", name)
     checkpoint = model_of(run)
     session = None if folder is None else Session(checkpoint, name, folder, reset=run.cfg.memory.reset)
-    made = continue_text(checkpoint, prompt, settings["max_new_tokens"], config, session, sys.stdout)
+    marked = mark(leaks(checkpoint.model) + memory_leaks(checkpoint.path / "memory"))
+    if marked:
+        run.say(f"[bold]{marked}[/bold]")
+    try:
+        made = continue_text(checkpoint, prompt, settings["max_new_tokens"], config, session, sys.stdout)
+    except ValueError as error:
+        if not marked:
+            raise
+        raise UserError(f"{checkpoint.path} cannot generate: {error}") from error
     if made.context_full:
         run.say(f"[dim]stopped at the end of the context of {checkpoint.spec['seq_len']} tokens[/dim]")
     if session is not None:
         run.say(f"[dim]session {session.name}: {session.own_records} records of its own[/dim]")
     path = run.dir / "generation.json"
-    save_continuations(path, [made])
-    return {"checkpoint": str(checkpoint.path), "json": str(path), "text": made.text}
+    save_continuations(path, [made], marked)
+    warning = {"mark": marked} if marked else {}
+    return {"checkpoint": str(checkpoint.path), "json": str(path), "text": made.text, **warning}

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nano_think.artifacts.build import build as build_network
 from nano_think.artifacts.build import check as check_network
@@ -24,12 +24,14 @@ from nano_think.errors import UserError
 from nano_think.evals.report import Table, render_table
 from nano_think.files import write_json
 from nano_think.model import NanoThink
+from nano_think.nn.leaks import leaks, refusal
 from nano_think.ops.layout import Layout
 from nano_think.ops.pooling import fit_static_weights, usefulness
 from nano_think.phases.data import shards_maker
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.fit import Fit
 from nano_think.phases.run import Maker, Run
+from nano_think.retrieval import leaky_settings
 from nano_think.tasks.route import RouteTask
 
 STAGES = ("7a", "7b", "7c", "7d")
@@ -44,9 +46,7 @@ def last_stage(run: Run) -> str:
 
 
 def mla_maker(run: Run, stage: str) -> Maker:
-    """The fused model after `stage`, on top of the stage before it."""
-    if run.cfg.model.router.pool == "sequence":
-        raise UserError("router.pool=sequence reads later tokens: train with another, such as cummean")
+    """The fused model after `stage`, on top of the stage before it; UserError for settings that leak."""
     training = run.plain(run.cfg.training.mla)
     own = training.get(f"stage_{stage}", {})
     numbers = {**training, "lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "max_steps": None, **own}
@@ -56,13 +56,14 @@ def mla_maker(run: Run, stage: str) -> Maker:
     if stage == "7a":
         needs |= {name: expert_maker(run.sub("expert", name), name) for name in run.cfg.expert.names}
         spec |= {"model": model_settings(run), "static_tokens": training["static_tokens"]}
+        _refuse_leaks(spec["model"]["router"], *(needs[name].spec["network"] for name in spec["experts"]))
         spec |= {"seq_len": run.cfg.size.seq_len, "mode": run.cfg.data.mode}
     else:
         needs["before"] = mla_maker(run, STAGES[STAGES.index(stage) - 1])
         keys = ("anchor", "entropy_token", "entropy_mean", "memory_dropout", "router_lr_scale")
         spec |= {"fit": fit.spec, **{key: training[key] for key in keys}}
     if stage == "7d":
-        spec |= {"retrieval": run.plain(run.cfg.model.retrieval), "store": run.plain(run.cfg.model.store)}
+        spec |= {"retrieval": _retrieval(run), "store": run.plain(run.cfg.model.store)}
 
     def build(path: Path) -> dict[str, Any]:
         return _static(run, maker, fit, path) if stage == "7a" else _train(run, maker, stage, fit, path)
@@ -70,6 +71,24 @@ def mla_maker(run: Run, stage: str) -> Maker:
     command = run.command(phase="mla", expert=run.cfg.expert.name, stage=stage)
     maker = Maker(f"mla_{stage}", spec, build, needs, command)
     return maker
+
+
+def _refuse_leaks(*networks: dict[str, Any]) -> None:
+    """Raise UserError where one of these specs describes a network that reads later tokens."""
+    with torch.device("meta"):
+        parts = nn.ModuleList(build_network(network) for network in networks)
+    if found := leaks(parts):
+        raise UserError(refusal(found))
+
+
+def _retrieval(run: Run) -> dict[str, Any]:
+    """How memory is asked in training; raises UserError for settings that let a token learn of later ones."""
+    settings = run.plain(run.cfg.model.retrieval)
+    if found := leaky_settings(settings):
+        raise UserError(refusal(found))
+    # always off here, and no part of what a stage is made from
+    settings.pop("write_on_read", None)
+    return settings
 
 
 def model_settings(run: Run) -> dict[str, Any]:

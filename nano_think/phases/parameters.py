@@ -19,15 +19,22 @@ from nano_think.phases.mla import fused_spec, model_settings
 from nano_think.phases.run import Run
 
 
-def configured_network(run: Run, device: str = "meta") -> ExpertLM | NanoThink:
-    """The untrained network that a run's configuration describes; on `meta` it holds no numbers."""
+def network_spec(run: Run) -> dict[str, Any]:
+    """The network that a run's configuration describes, as plain values: of one expert or of a `NanoThink`."""
     size, names = run.cfg.size, list(run.cfg.expert.names)
     experts = {name: run.plain(run.cfg.experts[name]) for name in names}
+    if len(names) == 1:
+        return experts[names[0]]
+    own = run.cfg.expert.embed == "own"
+    return fused_spec(model_settings(run), experts, size.vocab_size, size.d_model, own)
+
+
+def configured_network(run: Run, device: str = "meta") -> ExpertLM | NanoThink:
+    """The untrained network of `network_spec`; on `meta` it holds no numbers."""
+    size, spec = run.cfg.size, network_spec(run)
     with torch.device(device):
-        if len(names) == 1:
-            return ExpertLM((size.vocab_size, size.d_model), build_network(experts[names[0]]))
-        own = run.cfg.expert.embed == "own"
-        return build_network(fused_spec(model_settings(run), experts, size.vocab_size, size.d_model, own))
+        network = build_network(spec)
+        return network if "experts" in spec else ExpertLM((size.vocab_size, size.d_model), network)
 
 
 def run(run: Run) -> dict[str, Any]:

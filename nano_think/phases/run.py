@@ -39,7 +39,7 @@ from nano_think.files import atomic_dir, atomic_write, write_json
 OWN_KEYS = {"phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run"}
 OWN_KEYS |= {"prompt", "prompt_file", "generate", "eval", "memory", "hydra"}
 # Phases whose configuration has the numbers of the fused model.
-WITH_MLA = {"mla", "eval", "generate", "pipeline"}
+WITH_MLA = {"mla", "eval", "audit", "generate", "pipeline"}
 
 
 @dataclass(frozen=True)

@@ -11,33 +11,26 @@ from nano_think.artifacts.memory import Memory
 from nano_think.chunks import complete_chunks
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.evals.bootstrap import bootstrap, paired_difference
-from nano_think.evals.losses import DocumentLosses, evaluate_models
+from nano_think.evals.losses import DocumentLosses
 from nano_think.evals.parameters import count_parameters
 from nano_think.evals.plots import (
-    denoising_steps,
     domain_bars,
-    error_by_noise,
     loss_curves,
     routing_heatmap,
     weight_by_position,
 )
-from nano_think.evals.pools import SharedForward
 from nano_think.evals.report import Table
 from nano_think.evals.routing import analyse_routing, document_weights, knockout_matrix
 from nano_think.evals.samples import diffusion_drafts, prompts_of, sample_sheet
-from nano_think.metrics.denoising import DenoisingError
 from nano_think.metrics.routing import RoutingStats
-from nano_think.ops.cross_entropy import linear_cross_entropy
 from nano_think.ops.layout import Layout
 from nano_think.phases.run import versions
-from nano_think.tasks.denoise import NUM_BUCKETS, denoising_targets
 from nano_think.vector_records import Reader
 
 if TYPE_CHECKING:
     from nano_think.phases.evaluate import Evaluation
 
-DDIM_STEPS = (1, 2, 4, 10)
-PROBE_ROWS = 8
+SAMPLE_ROWS = 8
 HITS_SHOWN = 6
 STILL_FALLING = 0.01
 
@@ -55,8 +48,9 @@ def setting(evaluation: Evaluation) -> None:
         ["synthetic domains", ", ".join(synthetic) or "none"],
         ["code", f"nano_think {made['nano_think']}, commit {made['commit']}"],
         ["machine", made["machine"]],
+        ["leak audit", evaluation.audit["mark"]],
     ]
-    evaluation.report.table(["", "setting"], rows)
+    evaluation.report.table(["", "setting"], rows).json({"audit": evaluation.audit})
     if synthetic:
         evaluation.report.text(
             f"**Synthetic text**: {', '.join(synthetic)} come from seeded grammars. Their losses say that the "
@@ -84,7 +78,9 @@ def loss_tables(evaluation: Evaluation, losses: dict[str, DocumentLosses]) -> No
         "documents (bootstrap). The last column is paired: the same documents, read by both models. The n-gram "
         "models were fitted on exactly the text that the experts read."
     )
-    report.table(headers, rows, title="Loss on text that no part of the model has seen")
+    report.table(
+        headers, rows, title=f"Loss on text that no part of the model has seen ({evaluation.audit['mark']})"
+    )
     best = min((name for name in evaluation.alone), key=lambda name: losses[name].loss(), default=own)
     compared = [own, best, "Kneser-Ney bigram"] if best != own else [own, "Kneser-Ney bigram"]
     for name in compared:
@@ -138,19 +134,21 @@ def _domain_table(evaluation: Evaluation, losses: dict[str, DocumentLosses], nam
     evaluation.report.table(headers, rows, title="Perplexity and bits per byte by domain")
 
 
-def routing(evaluation: Evaluation) -> None:
-    """Who is trusted, overall, by domain and by position, tested against chance."""
+def routing(evaluation: Evaluation, weights: Sequence[torch.Tensor]) -> None:
+    """Who is trusted, overall, by domain and by position, tested against chance.
+
+    weights: (B, L, N) of every batch of the evaluated split.
+    """
     model, report = evaluation.checkpoint.model, evaluation.report
     names, domains = model.expert_names, evaluation.domains
-    shared = SharedForward(model, evaluation.memory.slots if evaluation.memory else None)
-    stats = RoutingStats(names, domains)
+    stats, in_order = RoutingStats(names, domains), iter(weights)
 
-    def weights(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        chosen = shared.weights(batch)
+    def of_batch(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        chosen = next(in_order)
         stats.update(chosen, batch["domain"], batch["positions"], batch["labels"] != -100)
         return chosen
 
-    collected = document_weights(weights, evaluation.batches(), len(domains))
+    collected = document_weights(of_batch, evaluation.batches(), len(domains))
     analysis = analyse_routing(collected, n_resamples=evaluation.settings["resamples"])
     values = {name: float(value) for name, value in stats.compute().items()}
     static = evaluation.results().get("mla_7a", {}).get("weights", {})
@@ -249,69 +247,6 @@ def _hit_texts(evaluation: Evaluation, memory: Memory, batch: dict[str, torch.Te
     return [[domain, _short(asked), _short(tokenizer.decode([t for t in text.tolist() if t >= 0]))]]
 
 
-@torch.no_grad()
-def diffuser(evaluation: Evaluation) -> None:
-    """Cross-entropy against DDIM steps, and x0 error by noise level, on validation text."""
-    checkpoint = evaluation.alone.get("diffuser")
-    teacher = evaluation.load("transformer")
-    if checkpoint is None or teacher is None:
-        return
-    network, expert = checkpoint.model, checkpoint.model.expert
-    batches = evaluation.batches("validation", rows=PROBE_ROWS)
-
-    def sampled(steps: int) -> Any:
-        def nll(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            layout = Layout(batch["positions"], batch["segments"])
-            hidden = expert(network.embedding(batch["tokens"]), layout, steps=steps)
-            return linear_cross_entropy(hidden, network.embedding.weight, batch["labels"])
-
-        return nll
-
-    losses = evaluate_models(
-        {str(k): sampled(k) for k in DDIM_STEPS},
-        batches,
-        evaluation.tokenizer.byte_lengths,
-        len(evaluation.domains),
-    )
-    curve = {int(k): value.loss() for k, value in losses.items()}
-    error, pure = denoising_errors(network, teacher.model, batches)
-    values = {name: float(value) for name, value in error.compute().items()}
-    buckets = [values.get(f"mse_relative_bucket/{k}", float("nan")) for k in range(NUM_BUCKETS)]
-    at_noise = float(pure.compute()["mse_relative"])
-    report = evaluation.report.heading("Diffuser")
-    report.text(
-        f"x0 error relative to predicting the mean: {at_noise:.3f} at pure noise, {buckets[0]:.3f} at the least "
-        "noise (validation). Read-out loss by DDIM steps: "
-        + ", ".join(f"K={k} {value:.3f}" for k, value in curve.items())
-        + "."
-    )
-    report.json({"diffuser": {"ce_by_steps": curve, "mse_relative_pure_noise": at_noise, "buckets": buckets}})
-    figures = evaluation.figures
-    report.figure(
-        error_by_noise(figures / "noise.png", {"diffuser": buckets}, error.bucket_levels()), "x0 error"
-    )
-    report.figure(denoising_steps(figures / "steps.png", {"diffuser": curve}), "Loss by DDIM steps")
-
-
-def denoising_errors(network: Any, teacher: Any, batches: Any) -> tuple[DenoisingError, DenoisingError]:
-    """x0 errors by noise bucket, and at pure noise alone, with noise fixed by the batch number."""
-    expert = network.expert
-    train_T, d_model = expert.schedule.train_T, expert.d_model
-    error, pure = DenoisingError(NUM_BUCKETS, train_T, d_model), DenoisingError(1, train_T, d_model)
-    for number, batch in enumerate(batches):
-        generator = torch.Generator().manual_seed(number)
-        target, valid = denoising_targets(network, teacher, batch)
-        x0 = expert.standardise(target)
-        noise = torch.randn(x0.shape, generator=generator)
-        some = torch.randint(1, train_T + 1, tuple(valid.shape), generator=generator)
-        for metric, tau in ((error, some), (pure, torch.full_like(some, train_T))):
-            x_tau = expert.schedule.add_noise(x0, noise, tau)
-            layout = Layout(batch["positions"], batch["segments"])
-            restored = expert.denoise(x_tau, tau, network.embedding(batch["tokens"]), layout)
-            metric.update(restored, x0, tau, valid)
-    return error, pure
-
-
 def training(evaluation: Evaluation) -> None:
     """Validation curves of everything that was trained, and whether any was still falling."""
     results = {kind: value for kind, value in evaluation.results().items() if "history" in value}
@@ -369,7 +304,7 @@ def samples(evaluation: Evaluation) -> None:
     count, length = evaluation.settings["prompts"], evaluation.settings["sample_tokens"]
     if not count:
         return
-    batches = evaluation.batches(rows=PROBE_ROWS)
+    batches = evaluation.batches(rows=SAMPLE_ROWS)
     prompts = prompts_of(batches, evaluation.domains, count, evaluation.tokenizer.bos_id)
     models = {evaluation.checkpoint.name: evaluation.checkpoint.model}
     models |= {name: checkpoint.model for name, checkpoint in evaluation.alone.items()}

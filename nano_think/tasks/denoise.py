@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nano_think.metrics.denoising import DenoisingError
 from nano_think.model import ExpertLM
+from nano_think.nn.leaks import leaks, refusal
 from nano_think.ops.cross_entropy import linear_cross_entropy
 from nano_think.ops.diffusion import TimeSampler, sample_timesteps
 from nano_think.ops.seeding import mixed_seed
@@ -26,6 +27,7 @@ class DenoiseTask(FitTask):
     mse_weight, ce_weight: of the two terms. mse_of: the squared error is taken of x0, or of the network's own
     prediction; with param=eps, ce_weight=0 and time_sampler=seed that is the plan's literal recipe.
     time_sampler: see `sample_timesteps`. seed: of the noise, which depends on (seed, epoch, batch) alone.
+    Raises ValueError for a network that reads later tokens.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class DenoiseTask(FitTask):
         seed: int = 0,
     ) -> None:
         super().__init__(network, optimizer, schedule, domains, byte_lengths)
+        if found := leaks(network):
+            raise ValueError(refusal(found))
         self._frozen = (teacher.eval().requires_grad_(False),)
         if mse_of not in ("x0", "prediction"):
             raise ValueError(f"mse_of must be x0 or prediction, not {mse_of!r}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nano_think.metrics.routing import RoutingStats, entropy
 from nano_think.model import NanoThink
+from nano_think.nn.leaks import leaks, refusal
 from nano_think.ops.seeding import mixed_seed
 from nano_think.optim.anchor import AnchoredDecay
 from nano_think.tasks.base import Batch, FitTask, OptimizerFactory, ScheduleFactory
@@ -33,6 +34,7 @@ class RouteTask(FitTask):
     entropy_token: weight of mean_t H(w_t); positive sharpens every token's choice.
     entropy_mean: weight of -H(mean_t w_t); positive spreads the average use of experts.
     slots: memory of a batch (7d); memory_dropout: share of training rows that go without it.
+    Raises ValueError for a network or a memory that reads later tokens.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class RouteTask(FitTask):
         seed: int = 0,
     ) -> None:
         super().__init__(network, optimizer, schedule, domains, byte_lengths)
-        if network.router.kind == "sequence":
-            raise ValueError("router.pool=sequence sees future tokens: it is for analysis, not for training")
+        # of slots that are a method of a memory, the memory knows what they are made with
+        if found := leaks(network, getattr(slots, "__self__", None)):
+            raise ValueError(refusal(found))
         self.stage, self.anchor, self.slots = stage, anchor, slots
         self.entropy_token, self.entropy_mean = entropy_token, entropy_mean
         self.memory_dropout, self.seed = memory_dropout, seed

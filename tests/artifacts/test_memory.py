@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
-from nano_think.artifacts.memory import build_memory, fused_hidden, load_memory, save_memory
+from nano_think.artifacts.memory import build_memory, fused_hidden, load_memory, memory_leaks, save_memory
 from nano_think.errors import UserError
 from nano_think.ops.layout import Layout
 from nano_think.vector_records import Reader
@@ -114,6 +117,21 @@ def test_no_memory_and_damaged_memory(memory, tmp_path):
     (tmp_path / "memory" / "settings.json").write_text("{")
     with pytest.raises(UserError, match="memory is damaged"):
         load_memory(tmp_path / "memory")
+
+
+def test_leaky_settings_stay_with_a_memory_and_are_told_without_its_store(memory, network, rows, tmp_path):
+    assert memory_leaks(tmp_path / "nowhere") == []
+    leaky = {"k": 2, "chunk": CHUNK, "granularity": "sequence", "write_on_read": True}
+    for retrieval in ({"k": 2, "chunk": CHUNK}, leaky):
+        made = build_memory(network, rows[:2], retrieval, STORE)
+        save_memory(made, tmp_path / "memory")
+        loaded = load_memory(tmp_path / "memory")
+        shutil.rmtree(tmp_path / "memory" / "store")
+        assert memory_leaks(tmp_path / "memory") == made.leaks == loaded.leaks
+        assert len(made.leaks) == (2 if retrieval is leaky else 0)
+    settings = tmp_path / "memory" / "settings.json"
+    settings.write_text(json.dumps({"retrieval": {"k": 2, "chunk": CHUNK, "granularity": "chunk"}}))
+    assert memory_leaks(tmp_path / "memory") == []
 
 
 def test_building_twice_gives_the_same_memory(memory, network, rows, data):

@@ -21,6 +21,7 @@ CALLS = {
     "expert-state-space": "train.py phase=expert expert=state_space",
     "mla": "train.py phase=mla expert=all",
     "eval": "train.py phase=eval",
+    "audit": "train.py phase=audit",
     "generate": "train.py phase=generate",
     "demo": "train.py phase=pipeline experiments=demo",
     "sweep": "train.py -m phase=mla expert=all optimizer=adamw,muon seed=1,2",

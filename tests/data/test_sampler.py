@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
@@ -84,6 +84,30 @@ def test_no_row_comes_again_before_all_rows_of_its_domain(mixing) -> None:
         assert len(set(passes[-1])) == len(passes[-1])
         if count == 100 and len(passes) > 2:
             assert passes[0] != passes[1]  # each pass in its own order
+
+
+@settings(max_examples=10)
+@given(data=st.data(), seed=st.integers(0, 2**32), world=st.integers(1, 3), batch=st.integers(1, 4))
+def test_any_mixture_divides_among_ranks_and_visits_every_row_before_it_repeats_one(
+    data, seed, world, batch
+) -> None:
+    rows = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4))
+    weights = [data.draw(st.sampled_from([0, 1, 2, 7])) for _ in rows]
+    weights[data.draw(st.integers(0, len(rows) - 1))] = 3
+    sampler, steps = DomainSampler(rows, weights, seed=seed), BLOCK // (world * batch) + 2
+    parts = [[d for step in range(steps) for d in sampler.batch(step, batch, r, world)] for r in range(world)]
+    draws = [parts[i % world][i // world] for i in range(steps * batch * world)]
+    assert draws == DomainSampler(rows, weights, seed=seed).draws(np.arange(len(draws)))
+    expected = BLOCK * np.array(weights) / sum(weights)
+    seen = np.bincount([domain for domain, _ in draws[:BLOCK]], minlength=len(rows))
+    assert (np.abs(seen - expected) < 1 + 1e-9).all()
+    assert (seen[expected == 0] == 0).all()
+    for domain, count in enumerate(rows):
+        visited = [row for where, row in draws if where == domain]
+        for i in range(0, len(visited), count):
+            one_pass = visited[i : i + count]
+            assert len(set(one_pass)) == len(one_pass)
+            assert max(one_pass) < count
 
 
 def test_rows_come_in_uniformly_random_order() -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaRotaryEmbedding
 
 from nano_think.nn.mixers import attention as module
 from nano_think.nn.mixers.attention import CausalSelfAttention
@@ -55,6 +56,32 @@ def test_equals_plain_loops(randomise, shape) -> None:
     mixer, x = randomise(CausalSelfAttention(16, **shape)), inputs(2, 6)
     expected = torch.stack([by_hand(mixer, row) for row in x])
     torch.testing.assert_close(mixer(x, Layout.span(0, 6)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_equals_hugging_face_llama_with_gradients(randomise, num_kv_heads) -> None:
+    """Grouped heads and rotation together, copied weights; fp32, to 1e-5."""
+    mixer, x = (
+        randomise(CausalSelfAttention(16, 4, num_kv_heads=num_kv_heads)),
+        inputs(2, 11).requires_grad_(),
+    )
+    config = LlamaConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=num_kv_heads)
+    config._attn_implementation = "eager"
+    theirs = LlamaAttention(config, layer_idx=0).eval()
+    names = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "out_proj": "o_proj"}
+    theirs.load_state_dict({f"{b}.weight": mixer.get_submodule(a).weight for a, b in names.items()})
+    future = torch.full((11, 11), -math.inf).triu(1).expand(2, 1, 11, 11)
+    rotary = LlamaRotaryEmbedding(config)(x, torch.arange(11).unsqueeze(0))
+    out, (expected, _) = mixer(x, Layout.span(0, 11)), theirs(x, rotary, future)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    grads = [
+        torch.autograd.grad(result, [x, *weights], inputs(2, 11, seed=1))
+        for result, weights in (
+            (out, [mixer.get_submodule(name).weight for name in names]),
+            (expected, [theirs.get_submodule(name).weight for name in names.values()]),
+        )
+    ]
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -17,6 +17,7 @@ from nano_think.nn.norm import RMSNorm
 from nano_think.ops.layout import Layout
 
 KINDS = ["latent", "full", "seed_bottleneck"]
+# everything here is fp32
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -159,11 +160,18 @@ def test_deepseek_layers_with_copied_weights(version, layout):
     config._attn_implementation = "eager"
     noisy(theirs)
     mine = LatentAttention(24, 3, latent_dim=10, head_dim=8, rope_dim=4, rope_layout=layout)
-    copy_deepseek(theirs, mine)
-    x, positions = noise(2, 11, 24), torch.arange(11).unsqueeze(0)
+    mine.load_state_dict(in_our_names(theirs.state_dict()))
+    x, positions = noise(2, 11, 24).requires_grad_(), torch.arange(11).unsqueeze(0)
     mask = torch.zeros(1, 1, 11, 11).masked_fill(torch.ones(11, 11).triu(1).bool(), -math.inf)
     expected = theirs(x, position_embeddings=rotary(x, positions), attention_mask=mask)[0]
-    torch.testing.assert_close(mine(x, Layout.span(0, 11)), expected, **TOLERANCE)
+    out = mine(x, Layout.span(0, 11))
+    torch.testing.assert_close(out, expected, **TOLERANCE)
+    upstream, (ours, others) = noise(2, 11, 24, seed=1), (dict(m.named_parameters()) for m in (mine, theirs))
+    x_grad, *grads = torch.autograd.grad(out, [x, *ours.values()], upstream)
+    x_other, *found = torch.autograd.grad(expected, [x, *others.values()], upstream)
+    torch.testing.assert_close(x_grad, x_other, **TOLERANCE)
+    translated = in_our_names(dict(zip(others, found, strict=True)))
+    torch.testing.assert_close(dict(zip(ours, grads, strict=True)), translated, **TOLERANCE)
     other = "half" if layout == "interleaved" else "interleaved"
     mine.heads.rotation.layout = other
     assert (mine(x, Layout.span(0, 11)) - expected).abs().max() > 1e-3
@@ -183,18 +191,20 @@ DEEPSEEK = {
 }
 
 
-def copy_deepseek(theirs: nn.Module, mine: LatentAttention) -> None:
-    heads = mine.heads
-    with torch.no_grad():
-        heads.q_proj.weight.copy_(theirs.q_proj.weight)
-        down, rope = theirs.kv_a_proj_with_mqa.weight.split((10, 4))
-        heads.latent_proj.weight.copy_(down)
-        heads.rope_key_proj.weight.copy_(rope)
-        heads.latent_norm.weight.copy_(theirs.kv_a_layernorm.weight)
-        k_up, v_up = theirs.kv_b_proj.weight.view(3, 16, 10).split(8, dim=1)
-        heads.k_up_proj.weight.copy_(k_up.reshape(24, 10))
-        heads.v_up_proj.weight.copy_(v_up.reshape(24, 10))
-        mine.out_proj.weight.copy_(theirs.o_proj.weight)
+def in_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DeepSeek's weights, or their gradients, cut and named as ours are."""
+    down, rope = theirs["kv_a_proj_with_mqa.weight"].split((10, 4))
+    k_up, v_up = theirs["kv_b_proj.weight"].view(3, 16, 10).split(8, dim=1)
+    heads = {
+        "q_proj": theirs["q_proj.weight"],
+        "latent_proj": down,
+        "latent_norm": theirs["kv_a_layernorm.weight"],
+        "rope_key_proj": rope,
+        "k_up_proj": k_up.reshape(24, 10),
+        "v_up_proj": v_up.reshape(24, 10),
+    }
+    named = {f"heads.{name}.weight": tensor for name, tensor in heads.items()}
+    return named | {"out_proj.weight": theirs["o_proj.weight"]}
 
 
 @pytest.mark.parametrize("kv", KINDS)
@@ -211,6 +221,17 @@ def test_cached_equals_full_at_every_split_absorbed_and_expanded(kv, with_memory
                 own = memory and replace(memory, index=memory.index[:, part])
                 rows.append(attention.extend(x[:, part], state, own, absorbed))
             torch.testing.assert_close(torch.cat(rows, dim=1), full, **TOLERANCE)
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_absorbed_equals_expanded_with_gradients(with_memory):
+    index = torch.tensor([[-1, -1, 0, 0, 0, 1, 1, 1, 1], [-1, 0, 0, 1, 1, 1, 1, -1, 0]])
+    memory, found = slots(index) if with_memory else None, []
+    for absorbed in (False, True):
+        attention, x = mixer(memory=with_memory), noise(2, 9, 12).requires_grad_()
+        out = attention.extend(x, attention.init_state(2, 9), memory, absorbed)
+        found.append([out, *torch.autograd.grad(out, [x, *attention.parameters()], noise(2, 9, 12, seed=1))])
+    torch.testing.assert_close(*found, **TOLERANCE)
 
 
 @pytest.mark.parametrize("kv", KINDS)

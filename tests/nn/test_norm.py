@@ -15,8 +15,8 @@ def test_equals_the_formula_in_fp64(randomise) -> None:
     torch.testing.assert_close(norm(x).double(), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_hugging_face_llama_with_gradients(randomise, dtype) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.6e-2)])
+def test_equals_hugging_face_llama_with_gradients(randomise, dtype, tolerance) -> None:
     ours = randomise(RMSNorm(16)).to(dtype)
     theirs = LlamaRMSNorm(16, eps=1e-6).to(dtype)
     theirs.load_state_dict(ours.state_dict())
@@ -24,11 +24,12 @@ def test_equals_hugging_face_llama_with_gradients(randomise, dtype) -> None:
     two = one.detach().clone().requires_grad_()
     out, expected = ours(one), theirs(two)
     assert out.dtype == dtype
-    torch.testing.assert_close(out, expected)
+    close = {"atol": tolerance, "rtol": tolerance}
+    torch.testing.assert_close(out, expected, **close)
     out.float().pow(3).sum().backward()
     expected.float().pow(3).sum().backward()
-    torch.testing.assert_close(one.grad, two.grad)
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+    torch.testing.assert_close(one.grad, two.grad, **close)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, **close)
 
 
 def test_gain_starts_at_one_and_can_be_left_out() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from nano_think.ops.attention import attention, attention_reference, offset_causal_mask
 
@@ -39,6 +41,25 @@ def test_fast_path_equals_the_formula_with_gradients(groups, queries, keys, caus
     (expected * weight).sum().backward()
     for one, two in zip(fast, slow, strict=True):
         torch.testing.assert_close(one.grad, two.grad, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (3, 9)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_hugging_face_with_gradients(groups, queries, keys, masked) -> None:
+    """Heads that share keys and values as theirs do, each `4 / groups` neighbours; fp32, to 1e-5."""
+    ours, theirs = (inputs(queries, keys, groups=groups, dtype=torch.float32) for _ in range(2))
+    mask = random_mask(queries, keys) if masked else None
+    out = attention(*ours, mask=mask, causal=True)
+    hidden = torch.ones(queries, keys).triu(keys - queries + 1).bool()
+    hidden = hidden if mask is None else hidden | ~mask
+    bias = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf).expand(2, 1, queries, keys)
+    module = SimpleNamespace(num_key_value_groups=4 // groups, training=False)
+    expected = eager_attention_forward(module, *theirs, bias, scaling=8**-0.5)[0].transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads = [torch.autograd.grad(o, x, upstream) for o, x in ((out, ours), (expected, theirs))]
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
 def test_formula_equals_plain_loops() -> None:

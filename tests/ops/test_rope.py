@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
+    DeepseekV2Config,
+    DeepseekV2RotaryEmbedding,
+    apply_rotary_emb,
+)
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from nano_think.ops.rope import apply_rope, rope_angles
@@ -34,14 +41,30 @@ def test_equals_complex_rotation(layout, dim, theta) -> None:
     torch.testing.assert_close(apply_rope(x.float(), cos, sin, layout), expected.float(), atol=2e-4, rtol=0)
 
 
+Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def compare_with_gradients(layout: str, theirs: Rotate) -> None:
+    """fp32, to 1e-6."""
+    q, k, *upstream = (random(2, 2, 9, 16, seed=seed).float() for seed in range(4))
+    positions = torch.stack((torch.arange(9), torch.arange(20, 29)))
+    cos, sin = (angle.unsqueeze(1) for angle in rope_angles(positions, 16, 10_000.0))
+    inputs = q.requires_grad_(), k.requires_grad_()
+    ours, expected = [apply_rope(x, cos, sin, layout) for x in inputs], theirs(q, k, positions)
+    torch.testing.assert_close(ours, list(expected), atol=1e-6, rtol=0)
+    grads = [torch.autograd.grad(outputs, inputs, upstream) for outputs in (ours, expected)]
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=0)
+
+
 def test_equals_hugging_face_llama() -> None:
     config = LlamaConfig(hidden_size=32, num_attention_heads=2, head_dim=16, max_position_embeddings=64)
-    q, k = random(2, 2, 9, 16).float(), random(2, 2, 9, 16, seed=1).float()
-    positions = torch.stack((torch.arange(9), torch.arange(20, 29)))
-    expected = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, positions))
-    cos, sin = (angle.unsqueeze(1) for angle in rope_angles(positions, 16, 10_000.0))
-    for ours, theirs in zip((apply_rope(q, cos, sin), apply_rope(k, cos, sin)), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    rotary = LlamaRotaryEmbedding(config)
+    compare_with_gradients("half", lambda q, k, at: apply_rotary_pos_emb(q, k, *rotary(q, at)))
+
+
+def test_interleaved_equals_hugging_face_deepseek() -> None:
+    rotary = DeepseekV2RotaryEmbedding(DeepseekV2Config(qk_rope_head_dim=16, max_position_embeddings=64))
+    compare_with_gradients("interleaved", lambda q, k, at: apply_rotary_emb(q, k, rotary(q, at)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

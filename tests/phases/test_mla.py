@@ -167,7 +167,10 @@ def test_private_tables_fuse_probabilities(project):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("model.router.pool=sequence",), "reads later tokens"),
+        (("model.router.pool=sequence",), "router.pool=sequence reads later tokens: train without"),
+        (("++experts.diffuser.bidirectional=true",), "bidirectional=true reads later tokens: train without"),
+        (("model.retrieval.granularity=sequence",), "granularity=sequence reads later tokens: train without"),
+        (("model.retrieval.write_on_read=true",), "write_on_read=true stores what it reads"),
         (("expert.embed=shared_trainable",), "not one of shared_frozen, own"),
     ],
 )
@@ -175,6 +178,17 @@ def test_settings_that_cannot_be_trained_are_refused_before_data_loads(overrides
     with pytest.raises(UserError, match=message):
         project.go("phase=mla", "expert=all", *overrides)
     assert not (project.root / "artifacts").exists()
+
+
+def test_memory_settings_matter_where_memory_is_trained_alone(project):
+    run = project.new("phase=mla", "expert=all", "model.retrieval.granularity=sequence")
+    assert (
+        mla_maker(run, "7c").recipe.hash
+        == mla_maker(project.new("phase=mla", "expert=all"), "7c").recipe.hash
+    )
+    # what training never does is no part of what a stage is made from
+    stage = mla_maker(project.new("phase=mla", "expert=all"), "7d")
+    assert stage.spec["retrieval"] == {"k": 4, "chunk": 16, "granularity": "chunk"}
 
 
 def test_a_deleted_earlier_stage_is_no_obstacle(built, tmp_path):

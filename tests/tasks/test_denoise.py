@@ -184,6 +184,11 @@ def test_statistics_are_those_of_the_labelled_targets(expert_lm, data):
     torch.testing.assert_close(network.expert.target_std, targets.std(0, correction=0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_denoiser_that_reads_later_tokens_is_refused(objective):
+    with pytest.raises(ValueError, match="bidirectional=true reads later tokens: train without"):
+        objective("diffuser", network={"bidirectional": True})
+
+
 def test_without_statistics_nothing_runs(expert_lm, common, batch, trainer):
     teacher = expert_lm("transformer", seed=1)
     task = DenoiseTask(expert_lm("diffuser", table=teacher.embedding), teacher=teacher, **common())

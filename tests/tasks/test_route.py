@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import lightning as L
@@ -11,6 +12,7 @@ from nano_think.artifacts.memory import build_memory
 from nano_think.metrics.information import entropy
 from nano_think.mla import ExpertRouter
 from nano_think.ops.layout import Layout
+from nano_think.retrieval import Retriever
 from nano_think.tasks.route import RouteTask, set_trainable
 
 GAIN_AND_ROUTER = {"expert_gain", "router.weight", "router.bias"}
@@ -171,6 +173,29 @@ def test_the_anchor_of_one_step_by_hand(fused, common, data, trainer):
         _run(task, data(train_split="fusion_train"), trainer, steps=1)
         changes[anchor] = (network.embedding.weight - start).detach()
     torch.testing.assert_close(changes[0.25], changes[0.0] * (1 - 0.5 * 0.25), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "leaky", [{"granularity": "sequence"}, {"write_on_read": True}], ids=["sequence", "write_on_read"]
+)
+def test_memory_that_leaks_is_refused(leaky, fused, common, data):
+    network = fused()
+    memory = _memory(network, data)
+    RouteTask(network, stage="7d", slots=memory.slots, **common())
+    leaking = replace(memory, retriever=Retriever(memory.store, memory.encoder, k=2, chunk=8, **leaky))
+    with pytest.raises(ValueError, match=f"{next(iter(leaky))}=.*train without"):
+        RouteTask(network, stage="7d", slots=leaking.slots, **common())
+
+
+def test_a_fused_network_around_a_bidirectional_denoiser_is_refused(fused, expert_lm, common):
+    for leaky in (False, True):
+        network = fused()
+        network.experts["diffuser"] = expert_lm("diffuser", bidirectional=leaky).expert
+        if not leaky:
+            RouteTask(network, stage="7b", **common())
+            continue
+        with pytest.raises(ValueError, match="bidirectional=true reads later tokens"):
+            RouteTask(network, stage="7b", **common())
 
 
 def test_the_pool_over_the_whole_sequence_is_refused(fused, common):

@@ -52,6 +52,7 @@ def copy_into_hf(mixer: S6, hf: nn.Module) -> None:
 @pytest.mark.parametrize("backend", ["ref", "torch", "auto"])
 @pytest.mark.parametrize("length", [1, 3, 4, CHUNK, 50])
 def test_equals_mamba_of_transformers(backend: str, length: int, randomise: Callable[..., nn.Module]) -> None:
+    """fp32: values to 1e-5, gradients of the input and every parameter to 1e-4."""
     mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba")
     config = mamba.MambaConfig(
         hidden_size=24, state_size=16, conv_kernel=4, expand=2, time_step_rank=2, num_hidden_layers=1
@@ -63,14 +64,19 @@ def test_equals_mamba_of_transformers(backend: str, length: int, randomise: Call
     actual, expected = ours(x, plain(x)), theirs(x)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     upstream = normal(2, length, 24, seed=1)
-    for a, b in zip(
-        torch.autograd.grad(actual, (x, ours.A_log, ours.dt_bias, ours.conv_weight, ours.D), upstream),
-        torch.autograd.grad(
-            expected, (x, theirs.A_log, theirs.dt_proj.bias, theirs.conv1d.weight, theirs.D), upstream
-        ),
+    own = ["A_log", "D", "in_proj.weight", "x_proj.weight", "out_proj.weight"]
+    own += ["dt_weight", "dt_bias", "conv_weight", "conv_bias"]
+    other = [*own[:5], "dt_proj.weight", "dt_proj.bias", "conv1d.weight", "conv1d.bias"]
+    assert sorted(own) == sorted(name for name, _ in ours.named_parameters())
+    for name, a, b in zip(
+        ["x", *own],
+        torch.autograd.grad(actual, [x, *map(ours.get_parameter, own)], upstream),
+        torch.autograd.grad(expected, [x, *map(theirs.get_parameter, other)], upstream),
         strict=True,
     ):
-        torch.testing.assert_close(a, b.view_as(a), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            a, b.view_as(a), rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_initial_values() -> None:

@@ -27,6 +27,7 @@ def plain(x: Tensor) -> Layout:
 
 @pytest.mark.parametrize("length", [1, 5, 64, 100])
 def test_equals_mamba2_of_transformers(length: int, randomise: Callable[..., nn.Module]) -> None:
+    """fp32: values to 1e-5, gradients of the input and every parameter to 1e-4."""
     mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     config = mamba2.Mamba2Config(
         hidden_size=16,
@@ -49,8 +50,21 @@ def test_equals_mamba2_of_transformers(length: int, randomise: Callable[..., nn.
             getattr(theirs, name).copy_(getattr(ours, name))
         for name in ("in_proj", "out_proj"):
             getattr(theirs, name).weight.copy_(getattr(ours, name).weight)
-        x = normal(2, length, 16)
-        torch.testing.assert_close(ours(x, plain(x)), theirs(x), rtol=1e-5, atol=1e-5)
+    x, upstream = normal(2, length, 16).requires_grad_(), normal(2, length, 16, seed=1)
+    actual, expected = ours(x, plain(x)), theirs(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    same = ["dt_bias", "A_log", "D", "in_proj.weight", "out_proj.weight", "norm.weight"]
+    own, other = [*same, "conv_weight", "conv_bias"], [*same, "conv1d.weight", "conv1d.bias"]
+    assert sorted(own) == sorted(name for name, _ in ours.named_parameters())
+    for name, a, b in zip(
+        ["x", *own],
+        torch.autograd.grad(actual, [x, *map(ours.get_parameter, own)], upstream),
+        torch.autograd.grad(expected, [x, *map(theirs.get_parameter, other)], upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            a, b.view_as(a), rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_parameters_of_an_expert_at_the_defaults() -> None:
