@@ -22,17 +22,15 @@ from nano_think.vector_records import Reader
 from nano_think.vector_store import VectorStore
 
 VOCAB, CHUNK, LENGTH, DOCUMENTS, NEIGHBOURS = 23, 4, 16, 512, 2
-# Of the rule: a reader of this document, cluster and generation, and the records it may not see.
-OWN, FORBIDDEN = (
-    1,
-    {
-        "its own document": {"doc_uid": 1},
-        "a near-duplicate of its document": {"doc_uid": 2, "cluster": 1},
-        "a record of its own generation": {"doc_uid": 3, "generation": 5},
-        "a record of another split": {"doc_uid": 4, "split": "validation"},
-        "a record of a foreign session": {"doc_uid": 5, "session": 7},
-    },
-)
+# Of the rule: a reader of this document, cluster and generation 5, and the records it may not see.
+OWN = 1
+FORBIDDEN: dict[str, dict[str, Any]] = {
+    "its own document": {"doc_uid": 1},
+    "a near-duplicate of its document": {"doc_uid": 2, "cluster": 1},
+    "a record of its own generation": {"doc_uid": 3, "generation": 5},
+    "a record of another split": {"doc_uid": 4, "split": "validation"},
+    "a record of a foreign session": {"doc_uid": 5, "session": 7},
+}
 ALLOWED, COPIES = 6, 4
 # Of the probe's weights: enough that slots which say nothing cost it little more than ln V.
 PENALTY = 0.1
@@ -68,7 +66,7 @@ def _forbidden_hits(seed: int) -> tuple[str, int] | None:
     """
     key = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed)).expand(COPIES, -1)
     store = VectorStore(8, chunk=CHUNK, backend="torch", near_duplicate=None)
-    kinds: dict[str, dict[str, Any]] = {**FORBIDDEN, "a permitted record": {"doc_uid": ALLOWED}}
+    kinds = {**FORBIDDEN, "a permitted record": {"doc_uid": ALLOWED}}
     for meta in kinds.values():
         store.add(key, key, **{"generation": 0, "cluster": 100 + meta["doc_uid"], **meta})
     reader = Reader(doc_uid=torch.tensor([OWN]), cluster=torch.tensor([OWN]), generation=5)
