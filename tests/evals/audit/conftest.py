@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from nano_think.experts.diffuser import DiffuserExpert
 from nano_think.experts.state_space import StateSpaceExpert
@@ -63,21 +62,3 @@ def mixture() -> Callable[..., NanoThink]:
             return NanoThink(parts, vocab_size, D, **{"mla": attention, **options})
 
     return make
-
-
-@pytest.fixture(scope="session")
-def strong() -> Callable[[nn.Module], nn.Module]:
-    """`strong(model)`: its matrices scaled up to gain 1 where they are weaker, as trained ones are.
-
-    What passes through the weak matrices of a fresh model, a state-space recurrence above all, is less than
-    rounding in the logits.
-    """
-
-    @torch.no_grad()
-    def scaled(model: nn.Module) -> nn.Module:
-        for parameter in model.parameters():
-            if parameter.ndim > 1 and (size := float(parameter.square().mean().sqrt())) > 0:
-                parameter.mul_(max(1.0, parameter[0].numel() ** -0.5 / size))
-        return model
-
-    return scaled

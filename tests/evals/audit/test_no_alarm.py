@@ -117,11 +117,6 @@ def test_a_memory_that_is_asked_at_every_token_or_chunk(granularity, mixture):
     assert found.passed, str(found)
 
 
-def test_weights_as_large_as_trained_ones(mixture, strong):
-    found = audit(strong(mixture(ALL, memory=True)), plan=PLAN, checks=CHECKS)
-    assert found.passed, str(found)
-
-
 def test_two_models_learn_nothing_from_noise_or_from_their_own_text(lone, mixture):
     def small(vocab_size: int) -> ExpertLM:
         return lone("transformer", vocab_size, num_layers=1)
