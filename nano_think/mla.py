@@ -108,6 +108,11 @@ class ExpertRouter(nn.Module):
             nn.Parameter(torch.zeros(num_experts, d_model)) if pool == "cummean+token" else None
         )
 
+    @property
+    def leaks(self) -> list[str]:
+        """Leaky options that are on, see `nano_think.nn.leaks`."""
+        return ["router.pool=sequence reads later tokens"] if self.kind == "sequence" else []
+
     def forward(self, context: Tensor, layout: Layout | None = None, memory: Slots | None = None) -> Tensor:
         """(B, L, d_model) to weights (B, L, num_experts), fp32, positive, summing to 1."""
         if self.kind == "sequence" and self.training:

@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 from nano_think.artifacts.checkpoint import load_checkpoint
-from nano_think.artifacts.memory import memory_leaks
+from nano_think.artifacts.memory import mark_of
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.engine.session import continue_text, read_prompt, save_continuations
 from nano_think.errors import UserError
-from nano_think.nn.leaks import leaks, mark
 
 
 def arguments() -> argparse.Namespace:
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     config = SamplingConfig(args.temperature, args.top_k, args.top_p, args.seed)
     prompt = read_prompt(args.prompt, args.prompt_file, sys.stdin)
     checkpoint = load_checkpoint(args.ckpt)
-    marked = mark(leaks(checkpoint.model) + memory_leaks(args.ckpt / "memory"))
+    marked = mark_of(checkpoint)
     if marked:
         print(marked, file=sys.stderr)
     made = continue_text(checkpoint, prompt, args.max_new_tokens, config, stream=sys.stdout)

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nano_think.artifacts.checkpoint import load_tensors, save_tensors
+from nano_think.artifacts.checkpoint import Checkpoint, load_tensors, save_tensors
 from nano_think.chunks import ChunkEncoder, chunk_records, complete_chunks
 from nano_think.errors import UserError
 from nano_think.files import write_json
 from nano_think.model import NanoThink
+from nano_think.nn.leaks import leaks, mark
 from nano_think.ops.layout import Layout
 from nano_think.retrieval import MemorySlots, Retriever, leaky_settings
 from nano_think.vector_records import Reader
@@ -123,6 +124,11 @@ def load_memory(path: Path) -> Memory | None:
 def memory_leaks(path: Path) -> list[str]:
     """Leaky options of the memory in a folder, told without loading its store; empty where there is none."""
     return leaky_settings((_settings(path) or {}).get("retrieval", {}))
+
+
+def mark_of(checkpoint: Checkpoint) -> str:
+    """The line that outputs made with a checkpoint carry where it or its memory leaks, else ""."""
+    return mark(leaks(checkpoint.model) + memory_leaks(checkpoint.path / "memory"))
 
 
 def _settings(path: Path) -> dict[str, Any] | None:

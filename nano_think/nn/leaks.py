@@ -11,19 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from nano_think.nn.pools import WholeDocument
-
 
 def leaks(model: nn.Module, retriever: Any = None) -> list[str]:
     """The leaky options that are on in a model and in the memory it reads, in words; empty for a causal model.
 
-    A part, or the retriever, names its own in an attribute `leaks`; a router is known by its pool.
+    A part, or the retriever, names its own in an attribute `leaks`.
     """
-    found: list[str] = []
-    for part in (*model.modules(), retriever):
-        if isinstance(getattr(part, "pool", None), WholeDocument):
-            found.append("router.pool=sequence reads later tokens")
-        found += getattr(part, "leaks", [])
+    found = [leak for part in (*model.modules(), retriever) for leak in getattr(part, "leaks", [])]
     return list(dict.fromkeys(found))
 
 

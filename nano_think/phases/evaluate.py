@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, require_same_tokenizer
-from nano_think.artifacts.memory import Memory, load_memory
+from nano_think.artifacts.memory import Memory, load_memory, mark_of
 from nano_think.artifacts.recipe import COMPLETE_MARK
 from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
@@ -22,7 +22,6 @@ from nano_think.evals.ngram import KneserNey
 from nano_think.evals.pools import SharedForward
 from nano_think.evals.report import Report, render_table
 from nano_think.model import ExpertLM
-from nano_think.nn.leaks import leaks, mark
 from nano_think.ops.layout import Layout
 from nano_think.phases import sections
 from nano_think.phases.audit import require_or_mark
@@ -103,7 +102,7 @@ def run(run: Run, ckpt: str | None = None) -> dict[str, Any]:
     """Losses with intervals, differences, routing, knock-outs, retrieval, samples; one report."""
     evaluation = Evaluation(run, ckpt)
     run.say(f"evaluating {evaluation.checkpoint.path} on {evaluation.settings['split']}")
-    if marked := mark(leaks(evaluation.checkpoint.model, evaluation.memory)):
+    if marked := mark_of(evaluation.checkpoint):
         run.say(f"[bold]{marked}[/bold]")
         evaluation.report.text(f"**{marked}**").json({"mark": marked})
     sections.setting(evaluation)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint
-from nano_think.artifacts.memory import memory_leaks
+from nano_think.artifacts.memory import mark_of
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.engine.session import Session, continue_text, read_prompt, save_continuations, session_folder
 from nano_think.errors import UserError
-from nano_think.nn.leaks import leaks, mark
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.mla import last_stage, mla_maker
 from nano_think.phases.run import Run
@@ -54,7 +53,7 @@ def run(run: Run) -> dict[str, Any]:
     folder = None if name is None else session_folder(run.root / "sessions", name)
     checkpoint = model_of(run)
     session = None if folder is None else Session(checkpoint, name, folder, reset=run.cfg.memory.reset)
-    marked = mark(leaks(checkpoint.model) + memory_leaks(checkpoint.path / "memory"))
+    marked = mark_of(checkpoint)
     if marked:
         run.say(f"[bold]{marked}[/bold]")
     try:

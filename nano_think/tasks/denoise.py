@@ -71,12 +71,13 @@ class DenoiseTask(FitTask):
         x0 = expert.standardise(target)
         tau = sample_timesteps(tuple(valid.shape), expert.schedule.train_T, generator, self.time_sampler)
         tau = tau.to(x0.device)
-        x0_hat, prediction, aim = self._denoise(batch, x0, tau, generator)
+        x0_hat, prediction, x_tau = self._denoise(batch, x0, tau, generator)
         expert.track_variance(x0_hat, x0, tau, valid)
         sums = {"mse": ((x0_hat - x0).square().mean(-1) * valid).sum()}
         if self.mse_of == "x0":
             sums["loss"] = self.mse_weight * sums["mse"]
         else:
+            aim = expert.from_x0(x0, x_tau, tau)
             sums["mse_prediction"] = ((prediction - aim).square().mean(-1) * valid).sum()
             sums["loss"] = self.mse_weight * sums["mse_prediction"]
         if self.ce_weight:
@@ -118,13 +119,13 @@ class DenoiseTask(FitTask):
     def _denoise(
         self, batch: Batch, x0: Tensor, tau: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Restored x0, what the network itself predicts (noise, where param is eps), and what it should."""
+        """Restored x0, what the network itself predicts (noise, where param is eps), and its input."""
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         expert = self.network.expert
         x_tau = expert.schedule.add_noise(x0, noise, tau)
         tokens, layout = self.network.embedding(batch["tokens"]), self.layout(batch)
         prediction = expert.predict(x_tau, tau, tokens, layout)
-        return expert.to_x0(prediction, x_tau, tau), prediction, expert.from_x0(x0, x_tau, tau)
+        return expert.to_x0(prediction, x_tau, tau), prediction, x_tau
 
     def _generator(self, epoch: int, batch_idx: int) -> torch.Generator:
         """Noise of one batch: a pure function of seed, epoch (-1 for validation) and batch number."""

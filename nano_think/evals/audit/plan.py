@@ -39,12 +39,11 @@ class Plan:
         shape = (self.rows if rows is None else rows, self.length if length is None else length)
         return torch.randint(self.vocab_size, shape, generator=self.generator(1, salt))
 
-    def other(self, tokens: Tensor, t: int | slice) -> Tensor:
-        """`tokens` with different ones at t, a new choice in each row."""
+    def other(self, tokens: Tensor, t: int) -> Tensor:
+        """`tokens` with another one at t, a new choice in each row."""
         changed = tokens.clone()
-        step = torch.arange(1, len(tokens) + 1).unsqueeze(1) % (self.vocab_size - 1) + 1
-        where = slice(t, t + 1) if isinstance(t, int) else t
-        changed[:, where] = (changed[:, where] + step) % self.vocab_size
+        step = torch.arange(1, len(tokens) + 1) % (self.vocab_size - 1) + 1
+        changed[:, t] = (changed[:, t] + step) % self.vocab_size
         return changed
 
     def positions(self) -> list[int]:

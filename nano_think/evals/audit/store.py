@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nano_think.chunks import ChunkEncoder, chunk_records
 from nano_think.evals.audit.finding import Finding
+from nano_think.evals.audit.trained import standard_error
 from nano_think.retrieval import Retriever
 from nano_think.vector_records import Reader
 from nano_think.vector_store import VectorStore
@@ -48,12 +49,12 @@ def store_leak(table: Tensor | None, seed: int = 0) -> Finding:
     chance = math.log(min(VOCAB, len(table)))
     hidden, shown = (_probe_loss(table, seed, exclude=exclude) for exclude in (True, False))
     note = f"{hidden.mean():.3f} nats with exclusion, {shown.mean():.3f} without, ln V = {chance:.3f}"
-    if (chance - float(shown.mean())) / _error(shown) <= 3:
+    if (chance - float(shown.mean())) / standard_error(shown) <= 3:
         return Finding(
             "A8", title, "vacuous", None, None, "retrieval", f"a leak could not have shown: {note}"
         )
     below = chance - float(hidden.mean())
-    if below / _error(hidden) > 3:
+    if below / standard_error(hidden) > 3:
         # the rule itself holds, so whoever asks does not say who is reading
         return Finding("A8", title, "fail", below, None, "retrieval", note)
     return Finding("A8", title, "pass", max(0.0, below), note=note)
@@ -126,7 +127,3 @@ def _logistic(features: Tensor, targets: Tensor, classes: int, steps: int = 60) 
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[arg-type]
     return losses(slice(half, None)).detach().double()
-
-
-def _error(losses: Tensor) -> float:
-    return float(losses.std() / losses.numel() ** 0.5)

@@ -64,8 +64,10 @@ def incompressible(twin: Twin | None, training: Training | None = None) -> Findi
         note = f"the twin did not even learn to count: {_mean(learned):.2f} nats"
         return Finding("A7", title, "vacuous", note=note)
     losses, model = _train(twin(training.vocab_size), training, _random(training))
-    below = (training.chance - _mean(losses)) / _error(losses)
-    note = f"{_mean(losses):.4f} nats, standard error {_error(losses):.4f}, ln V = {training.chance:.4f}"
+    below = (training.chance - _mean(losses)) / standard_error(losses)
+    note = (
+        f"{_mean(losses):.4f} nats, standard error {standard_error(losses):.4f}, ln V = {training.chance:.4f}"
+    )
     if below > 3:
         to_blame = _leaky_expert(model, training) or "model"
         return Finding("A7", title, "fail", training.chance - _mean(losses), None, to_blame, note)
@@ -114,7 +116,7 @@ def _leaky_expert(model: Any, training: Training) -> str | None:
         with torch.no_grad():
             logits = model(tokens[:, :-1], weights=vertex).logits
         nll = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1).double()
-        if (training.chance - float(nll.mean())) / _error(nll) > 3:
+        if (training.chance - float(nll.mean())) / standard_error(nll) > 3:
             leaky.append(f"experts.{name}")
     if not names:
         return "expert"
@@ -125,6 +127,6 @@ def _mean(losses: Tensor) -> float:
     return float(losses.mean())
 
 
-def _error(losses: Tensor) -> float:
+def standard_error(losses: Tensor) -> float:
     """Standard error of the mean over rows, each of them a document of its own."""
     return float(losses.std() / losses.numel() ** 0.5)
