@@ -19,10 +19,11 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from torch import Tensor
 
-from nano_think.chunks import ChunkEncoder, chunk_records
 from nano_think.config import register_schema
 from nano_think.engine.generate import generate
 from nano_think.engine.sampling import SamplingConfig
+from nano_think.evals.audit.live import remembering
+from nano_think.evals.audit.subject import neighbour_ids
 from nano_think.experts.diffuser import DiffuserExpert
 from nano_think.experts.state_space import StateSpaceExpert
 from nano_think.experts.transformer import TransformerExpert
@@ -32,7 +33,6 @@ from nano_think.ops.layout import Layout
 from nano_think.phases.parameters import configured_network
 from nano_think.phases.run import Run
 from nano_think.retrieval import MemorySlots, Retriever
-from nano_think.vector_store import VectorStore
 
 ROOT = Path(__file__).resolve().parents[1]
 D, VOCAB, CHUNK, NEIGHBOURS = 32, 61, 16, 3
@@ -69,16 +69,7 @@ def everything(output: Any, slots: MemorySlots | None) -> dict[str, Tensor]:
     said = {"logits": output.logits, **output.expert_hidden}
     if output.weights is not None:
         said |= {"context": output.context, "weights": output.weights}
-    return said if slots is None else said | {"neighbours": neighbours(slots)}
-
-
-def neighbours(slots: MemorySlots) -> Tensor:
-    """Ids (B, L, k) of the records that each token sees, -1 for none."""
-    seen = torch.full((*slots.index.shape, NEIGHBOURS), -1)
-    if slots.hits is not None:
-        rows = torch.arange(len(seen)).unsqueeze(1)
-        seen = slots.hits.ids[rows, slots.index.clamp_min(0)]
-    return seen.masked_fill((slots.index < 0).unsqueeze(-1), -1)
+    return said if slots is None else said | {"neighbours": neighbour_ids(slots, NEIGHBOURS)}
 
 
 def noise(*shape: int, seed: int) -> Tensor:
@@ -100,13 +91,7 @@ def experts(steps: int) -> dict[str, partial]:
 def filled_memory(table: Tensor) -> Retriever:
     """Over 40 random documents of four chunks, whose keys are made with the model's own table."""
     documents = some_tokens(40, 4 * CHUNK, seed=3)
-    encoder = ChunkEncoder.fit(table.detach(), torch.bincount(documents.flatten()), documents[:, :CHUNK])
-    hidden = noise(40, 4 * CHUNK, D, seed=4)
-    uid = torch.arange(40).unsqueeze(1).expand_as(documents)
-    records = chunk_records(encoder, documents, hidden, chunk=CHUNK, doc_uid=uid, cluster=uid)
-    store = VectorStore(D, chunk=CHUNK, fingerprint=encoder.fingerprint())
-    store.add(records.keys, records.values, **records.meta)
-    return Retriever(store, encoder, chunk=CHUNK, k=NEIGHBOURS)
+    return remembering(table.detach(), documents, noise(40, 4 * CHUNK, D, seed=4), CHUNK, NEIGHBOURS)
 
 
 @pytest.fixture(scope="module")

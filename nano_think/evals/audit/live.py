@@ -66,13 +66,20 @@ def filled_memory(
     generator = torch.Generator().manual_seed(seed)
     shape = (documents, 4 * chunk)
     tokens = torch.randint(len(table), shape, generator=generator)
-    encoder = ChunkEncoder.fit(
-        table.detach().float().cpu(),
-        torch.bincount(tokens.flatten(), minlength=len(table)),
-        tokens[:, :chunk],
-    )
     hidden = torch.randn(*shape, table.shape[1], generator=generator)
-    uid = torch.arange(documents).unsqueeze(1).expand(shape)
+    return remembering(table.detach().float().cpu(), tokens, hidden, chunk, k, **options)
+
+
+def remembering(
+    table: Tensor, tokens: Tensor, hidden: Tensor, chunk: int, k: int, **options: Any
+) -> Retriever:
+    """A retriever over the chunks of tokens (M, L), M documents of a cluster each, with hidden states (M, L, d).
+
+    table: (V, d), what the keys are made with.
+    """
+    counts = torch.bincount(tokens.flatten(), minlength=len(table))
+    encoder = ChunkEncoder.fit(table, counts, tokens[:, :chunk])
+    uid = torch.arange(len(tokens)).unsqueeze(1).expand_as(tokens)
     records = chunk_records(encoder, tokens, hidden, chunk=chunk, doc_uid=uid, cluster=uid)
     store = VectorStore(table.shape[1], chunk=chunk, backend="torch", fingerprint=encoder.fingerprint())
     store.add(records.keys, records.values, **records.meta)

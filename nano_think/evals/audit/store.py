@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nano_think.chunks import ChunkEncoder, chunk_records
 from nano_think.evals.audit.finding import Finding
+from nano_think.evals.audit.live import remembering
 from nano_think.evals.audit.trained import standard_error
-from nano_think.retrieval import Retriever
 from nano_think.vector_records import Reader
 from nano_think.vector_store import VectorStore
 
@@ -90,14 +89,9 @@ def _probe_loss(table: Tensor, seed: int, exclude: bool) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     table = table.detach().float()[:VOCAB]
     tokens = torch.randint(len(table), (DOCUMENTS, LENGTH), generator=generator)
-    counts = torch.bincount(tokens.flatten(), minlength=len(table))
-    encoder = ChunkEncoder.fit(table, counts, tokens[:, :CHUNK])
     uid = torch.arange(DOCUMENTS).unsqueeze(1).expand_as(tokens)
-    records = chunk_records(encoder, tokens, table[tokens], chunk=CHUNK, doc_uid=uid, cluster=uid)
-    store = VectorStore(table.shape[1], chunk=CHUNK, backend="torch")
-    store.add(records.keys, records.values, **records.meta)
     reader = Reader(doc_uid=uid, cluster=uid) if exclude else Reader()
-    slots = Retriever(store, encoder, chunk=CHUNK, k=NEIGHBOURS).retrieve(tokens, reader=reader)
+    slots = remembering(table, tokens, table[tokens], CHUNK, NEIGHBOURS).retrieve(tokens, reader=reader)
     # the slots of chunk u are there for its tokens, and may tell of every one of them but the first
     later = torch.arange(CHUNK, LENGTH - 1)
     later = later[(later + 1) % CHUNK > 0]
