@@ -23,6 +23,8 @@ Floats = NDArray[np.float64]
 
 # Cells of one (resamples, documents) count matrix: 16 MB of float64.
 _CHUNK_CELLS = 2_000_000
+# nats a token: half of the last digit that reports print
+RESOLUTION = 5e-4
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,12 @@ class Difference(Interval):
 
     @property
     def verdict(self) -> str:
-        """Return "better" if the whole interval is below 0, "worse" if above, else "not distinguishable"."""
+        """Return "better" if the whole interval is below 0, "worse" if above, else "not distinguishable".
+
+        A difference below RESOLUTION is none, however sure its sign.
+        """
+        if abs(self.estimate) < RESOLUTION:
+            return "not distinguishable"
         if self.high < 0:
             return "better"
         if self.low > 0:

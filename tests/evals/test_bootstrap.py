@@ -114,6 +114,9 @@ def test_pairing_removes_what_documents_share():
     assert difference.estimate == pytest.approx(model.loss() - baseline.loss())
     unpaired = bootstrap(model)
     assert difference.high - difference.low < (unpaired.high - unpaired.low) / 10
+    hair = make_losses(baseline.sum_nll - 1e-4 * baseline.num_tokens, baseline.num_tokens)
+    assert paired_difference(hair, baseline).high < 0  # beyond doubt, and nothing
+    assert paired_difference(hair, baseline).verdict == "not distinguishable"
     noise = make_losses(baseline.sum_nll + rng.normal(0, 3, 200), baseline.num_tokens)
     assert paired_difference(noise, baseline).verdict == "not distinguishable"
 
