@@ -20,7 +20,8 @@ class Plan:
     rows, length: of the tokens. A length that is no dimension of the model keeps traces unambiguous.
     border: where something begins anew (memory chunks, scan chunks); positions around it are visited.
     tolerance: largest distance, relative to the root mean square, that rounding may cause between two
-    computations of one value; what is computed twice in the same way must agree bit for bit.
+    computations of one value, or more where the model makes more of it (`compare.rounding`); what is computed
+    twice in the same way must agree bit for bit.
     """
 
     vocab_size: int

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from nano_think.evals.audit.compare import rounding
 from nano_think.evals.audit.finding import Audit, Finding
 from nano_think.evals.audit.future import embedding_of, jacobian, perturb_future, prefix
 from nano_think.evals.audit.hygiene import lengths, purity
@@ -22,6 +25,9 @@ from nano_think.retrieval import Retriever
 CHECKS = ("A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "A9", "A10")
 # Those that train nothing.
 UNTRAINED = tuple(check for check in CHECKS if check not in ("A7", "A8"))
+
+# How a model says that it will not read something.
+REFUSALS = (ValueError, RuntimeError, IndexError)
 
 
 def audit(
@@ -40,8 +46,9 @@ def audit(
     model: any callable from tokens (B, L) int64 to logits (B, L, V), or to an object with `logits`; see
         `subject.Subject` for what else is used where it is there. It is copied, never changed.
     vocab_size: tokens to draw from; not needed where the model has an attribute of that name.
-    plan: lengths and tolerances. retriever: the memory to read; by default a filled one, where the model has a
-        `memory` argument and parameters to read slots with.
+    plan: lengths and the least tolerance, see `compare.rounding`.
+    retriever: the memory to read; by default a filled one, where the model has a `memory` argument and parameters
+        to read slots with.
     twin: makes a tiny untrained network of the same kind from a vocabulary size; A7 trains it.
     on_finding: called with each finding as it is made.
     Raises ValueError for an unknown check, and without any vocabulary size.
@@ -59,6 +66,8 @@ def audit(
     subject = Subject(copied, vocab_size, copy.deepcopy(retriever))
     if retriever is None:
         subject = subject.with_retriever(_own_memory(subject, plan))
+    with contextlib.suppress(*REFUSALS):  # which every check will report
+        plan = replace(plan, tolerance=rounding(subject, plan))
     made: dict[str, Callable[[], Finding]] = {
         "A1": lambda: perturb_future(subject, plan),
         "A2": lambda: jacobian(subject, plan),
@@ -84,7 +93,7 @@ def _made(check: str, make: Callable[[], Finding]) -> Finding:
     """A finding, also where the model refuses what every language model must be able to read."""
     try:
         return make()
-    except (ValueError, RuntimeError, IndexError) as error:
+    except REFUSALS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Finding(check, "the model reads what it is given", "fail", component="model", note=reason)
 

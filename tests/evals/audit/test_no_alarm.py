@@ -117,6 +117,17 @@ def test_a_memory_that_is_asked_at_every_token_or_chunk(granularity, mixture):
     assert found.passed, str(found)
 
 
+def test_a_trained_recurrence_that_makes_much_of_a_last_digit(lone):
+    model = lone("state_space", num_layers=6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "A_log" not in name:
+                parameter.mul_(5)  # more than any training does
+    found = audit(model, plan=PLAN, checks=CHECKS)
+    assert found.setting["tolerance"] > PLAN.tolerance
+    assert found.passed, str(found)
+
+
 def test_two_models_learn_nothing_from_noise_or_from_their_own_text(lone, mixture):
     def small(vocab_size: int) -> ExpertLM:
         return lone("transformer", vocab_size, num_layers=1)
