@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nano_think.ops.scan_cpp import BuildError, CppScan
+from nano_think.ops.native import BuildError
+from nano_think.ops.scan_cpp import CppScan
 from nano_think.ops.scan_kernel import Kernel, ScanInputs, TorchScan
 
 Backend = Literal["auto", "ref", "torch", "cpp"]
