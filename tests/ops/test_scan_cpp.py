@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 from torch import Tensor
