@@ -86,8 +86,6 @@ def _retrieval(run: Run) -> dict[str, Any]:
     settings = run.plain(run.cfg.model.retrieval)
     if found := leaky_settings(settings):
         raise UserError(refusal(found))
-    # always off here, and no part of what a stage is made from
-    settings.pop("write_on_read", None)
     return settings
 
 
