@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nano_think.data.corpus import Corpus
-from nano_think.data.module import TokenDataModule
 from nano_think.data.prepare import prepare_corpus
 from nano_think.data.report import report_table, shard_report
 from nano_think.data.shards import Shards, build_shards
@@ -18,6 +17,9 @@ from nano_think.errors import UserError
 from nano_think.files import write_json
 from nano_think.phases.run import Maker, Run
 from nano_think.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe
+
+if TYPE_CHECKING:
+    from nano_think.data.module import TokenDataModule
 
 TRAIN_SPLITS = ("expert_train",)
 
@@ -99,6 +101,9 @@ def loader_settings(run: Run) -> dict[str, Any]:
 
 def data_module(run: Run, shards: Maker, batch_size: int, train_split: str) -> TokenDataModule:
     """The one data module of every phase, on the shards of this run."""
+    # it is Lightning's: whoever reads no batches does not wait for that import
+    from nano_think.data.module import TokenDataModule
+
     return TokenDataModule(
         shards.recipe.path(run.artifacts) / "shards",
         seq_len=run.cfg.size.seq_len,

@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from hydra.utils import get_object
 from torch import nn
@@ -20,7 +19,6 @@ from nano_think.nn.leaks import leaks, refusal
 from nano_think.phases.data import shards_maker
 from nano_think.phases.fit import Fit
 from nano_think.phases.run import Maker, Run
-from nano_think.tasks.denoise import fit_target_statistics
 
 STATISTICS_ROWS = 64
 # Training keys that are arguments of an objective, not of the fit.
@@ -74,12 +72,14 @@ def _run_of(run: Run, name: str) -> Run:
 def _train(run: Run, maker: Maker, fit: Fit, path: Path) -> dict[str, Any]:
     """Build network and objective, fit, write the checkpoint into `path`."""
     spec, tokenizer, data = maker.spec, fit.tokenizer(), fit.data()
-    L.seed_everything(run.cfg.seed, workers=True, verbose=False)
+    fit.seed_everything()
     expert = build_network(spec["network"])
     table, teacher = _table_and_teacher(run, maker, tokenizer.vocab_size)
     network = ExpertLM(table, expert)
     objective, arguments = get_object(spec["objective"][0]), dict(spec["objective"][1])
     if teacher is not None and hasattr(expert, "fit_statistics"):
+        from nano_think.tasks.denoise import fit_target_statistics
+
         fit_target_statistics(network, teacher, data.dataloader("expert_train", rows=STATISTICS_ROWS))
         arguments |= {"teacher": teacher, "seed": run.cfg.seed}
     lengths = torch.as_tensor(tokenizer.byte_lengths)

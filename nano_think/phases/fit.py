@@ -1,51 +1,28 @@
-"""One Lightning fit with everything around it: batches, callbacks, resume, the best weights."""
+"""The numbers and parts of a fit: what decides its outcome, known without the libraries that carry it out.
+
+Whoever only asks which artefact a configuration means (generation, for one) does not wait for Lightning:
+`phases.trainer`, which does the work, is imported when a fit begins.
+"""
 
 from __future__ import annotations
 
-import logging
-import math
-import resource
-import signal
-import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
-import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import LearningRateMonitor
 
-from nano_think.callbacks.dashboard import Dashboard
-from nano_think.callbacks.progress import StepProgress
-from nano_think.callbacks.reconstructions import Reconstructions
-from nano_think.callbacks.selection import ValidationSelection
-from nano_think.callbacks.step_seed import StepSeed
-from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
-from nano_think.optim.schedule import capped_warmup
 from nano_think.phases.data import data_module, load_tokenizer, loader_settings
 from nano_think.phases.run import Maker, Run
-from nano_think.tasks.base import FitTask
 from nano_think.tokenizer import Tokenizer
 
-# A validation an epoch, in short runs about ten in all, but not more often than every 100 steps.
-VALIDATIONS = 10
-MIN_STEPS_BETWEEN_VALIDATIONS = 100
+if TYPE_CHECKING:
+    from nano_think.data.module import TokenDataModule
+    from nano_think.tasks.base import FitTask
+
 # Trainer settings that change what is seen of a fit, or where it runs, but not what comes out of it.
 WITHOUT_EFFECT = {"_target_", "accelerator", "log_every_n_steps", "enable_model_summary", "inference_mode"}
 WITHOUT_EFFECT |= {"profiler", "detect_anomaly", "max_steps", "max_epochs", "accumulate_grad_batches"}
-
-# Lightning's remarks on what is meant here: a fresh fit after a validation, frozen parts in eval mode.
-EXPECTED_WARNINGS = (
-    r".*does not have many workers.*",
-    r".*`isinstance\(treespec.*",
-    r".*exists and is not empty.*",
-    r".*was called without a model.*",
-    r".*there is no last checkpoint available.*",
-    r".*module\(s\) in eval mode at the start of training.*",
-)
-# What hardware there is not, and advertisements for other loggers, hide the lines that matter.
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 class Fit:
@@ -114,109 +91,14 @@ class Fit:
         per_epoch = max(1, data.steps_per_epoch // self.accumulate)
         return self.training["max_steps"] or self.training["max_epochs"] * per_epoch, per_epoch
 
+    def seed_everything(self) -> None:
+        """Seed the generators of Python, NumPy and torch, and those of data workers."""
+        from nano_think.phases import trainer
+
+        trainer.seed_everything(self.run.cfg.seed)
+
     def __call__(self, task: FitTask, data: TokenDataModule, work: Path) -> dict[str, Any]:
-        """Train `task` until its planned end or a plateau, leave its network with the best weights.
+        """Train `task` with Lightning, see `phases.trainer.train`."""
+        from nano_think.phases import trainer
 
-        work: where the newest state is kept; with resume=auto a fit that finds one there goes on from it.
-        """
-        max_steps, per_epoch = self.steps(data)
-        interval = self._interval(max_steps, per_epoch)
-        # patience counts epochs, the callback validations
-        patience = math.ceil(self.training["patience"] * max(1.0, per_epoch / interval))
-        selection = ValidationSelection(patience, capped_warmup(self.training["warmup_steps"], max_steps))
-        trainer = self._trainer(task, selection, max_steps, interval, per_epoch, work)
-        newest = _newest(work) if self.run.cfg.resume == "auto" else None
-        with warnings.catch_warnings():
-            for message in EXPECTED_WARNINGS:
-                warnings.filterwarnings("ignore", message=message)
-            try:
-                if newest is None:
-                    trainer.validate(task, datamodule=data, verbose=False)
-                else:
-                    self.run.say(f"resuming {self.label} from {newest}")
-                trainer.fit(task, datamodule=data, ckpt_path=newest, weights_only=True)
-            except SystemExit as error:
-                # Lightning's answer to Ctrl+C: it exits the process and leaves it deaf to another one
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                raise KeyboardInterrupt from error
-        return self._result(trainer, selection, per_epoch)
-
-    def _interval(self, max_steps: int, per_epoch: int) -> int:
-        """Optimizer steps from one validation to the next."""
-        often = min(per_epoch, max_steps // VALIDATIONS)
-        interval = self.trainer.get("val_check_interval") or max(often, MIN_STEPS_BETWEEN_VALIDATIONS)
-        return min(interval, max_steps)
-
-    def _trainer(
-        self,
-        task: FitTask,
-        selection: ValidationSelection,
-        max_steps: int,
-        interval: int,
-        per_epoch: int,
-        work: Path,
-    ) -> L.Trainer:
-        folder = self.run.dir / "tensorboard" / self.label
-        folder.mkdir(parents=True, exist_ok=True)
-        callbacks = [
-            selection,
-            StepSeed(self.run.cfg.seed),
-            LearningRateMonitor("step"),
-            StepProgress(self.run.console, self.label),
-            Dashboard(list(getattr(task.network, "experts", {}))),
-            *self._configured_callbacks(work),
-        ]
-        if hasattr(task, "targets"):
-            callbacks.append(Reconstructions(self.tokenizer(), seed=self.run.cfg.seed))
-        own = ("max_epochs", "max_steps", "val_check_interval", "accumulate_grad_batches")
-        # whole optimizer steps: an epoch that ended between two would cut its last step short
-        settings = {"limit_train_batches": per_epoch * self.accumulate, **self.trainer}
-        return instantiate(
-            {key: value for key, value in settings.items() if key not in own},
-            callbacks=callbacks,
-            logger=instantiate(self.run.cfg.logger, save_dir=str(folder)),
-            max_steps=max_steps,
-            max_epochs=-1,
-            accumulate_grad_batches=self.accumulate,
-            val_check_interval=interval * self.accumulate,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            precision=resolve_precision(self.run.cfg.precision),
-            default_root_dir=str(folder),
-            enable_progress_bar=False,
-        )
-
-    def _configured_callbacks(self, work: Path) -> list[L.Callback]:
-        """The callbacks of conf/callbacks; arguments that stand there as ??? are supplied here."""
-        supplied = {"dirpath": work, "tokenizer": self.tokenizer()}
-        nodes = self.run.plain(self.run.cfg.callbacks).values()
-        return [
-            instantiate(node, **{name: supplied[name] for name, value in node.items() if value == "???"})
-            for node in nodes
-        ]
-
-    def _result(self, trainer: L.Trainer, selection: ValidationSelection, per_epoch: int) -> dict[str, Any]:
-        steps = trainer.global_step
-        tokens = steps * self.accumulate * self.training["batch_size"] * self.run.cfg.size.seq_len
-        return {
-            "steps": steps,
-            "epochs": round(steps / per_epoch, 3),
-            "tokens": tokens,
-            "best_step": selection.best_step,
-            "val_loss": selection.best,
-            "history": selection.history,
-            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-        }
-
-
-def resolve_precision(name: str) -> str:
-    """`auto` is bf16 autocast on a GPU and plain fp32 on a CPU; anything else is Lightning's name."""
-    if name != "auto":
-        return name
-    return "bf16-mixed" if torch.cuda.is_available() else "32-true"
-
-
-def _newest(work: Path) -> str | None:
-    """The newest state in `work`."""
-    states = sorted(work.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return str(states[-1]) if states else None
+        return trainer.train(self, task, data, work)

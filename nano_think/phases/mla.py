@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +18,6 @@ from nano_think.artifacts.build import build as build_network
 from nano_think.artifacts.build import check as check_network
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, save_fused
 from nano_think.artifacts.memory import Memory, build_memory, load_memory, save_memory
-from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.evals.report import Table, render_table
 from nano_think.files import write_json
@@ -32,7 +30,9 @@ from nano_think.phases.expert import expert_maker
 from nano_think.phases.fit import Fit
 from nano_think.phases.run import Maker, Run
 from nano_think.retrieval import leaky_settings
-from nano_think.tasks.route import RouteTask
+
+if TYPE_CHECKING:
+    from nano_think.data.module import TokenDataModule
 
 STAGES = ("7a", "7b", "7c", "7d")
 SPLIT = "fusion_train"
@@ -148,7 +148,7 @@ def _static(run: Run, maker: Maker, fit: Fit, path: Path) -> dict[str, Any]:
         name: load_checkpoint(maker.needs[name].recipe.path(run.artifacts), maker.needs[name].command)
         for name in maker.spec["experts"]
     }
-    L.seed_everything(run.cfg.seed, workers=True, verbose=False)
+    fit.seed_everything()
     model, spec = _assemble(maker, experts)
     model.eval()
     hidden, labels = _outputs(model, fit.data(), maker.spec["static_tokens"])
@@ -192,10 +192,12 @@ def _outputs(model: NanoThink, data: TokenDataModule, num_tokens: int) -> tuple[
 
 def _train(run: Run, maker: Maker, stage: str, fit: Fit, path: Path) -> dict[str, Any]:
     """7b, 7c, 7d: train the declared set of the stage with Lightning."""
+    from nano_think.tasks.route import RouteTask  # here, so that naming a stage does not import Lightning
+
     before = maker.needs["before"]
     start = load_checkpoint(before.recipe.path(run.artifacts), before.command)
     model, data, tokenizer = start.model, fit.data(), start.tokenizer
-    L.seed_everything(run.cfg.seed, workers=True, verbose=False)
+    fit.seed_everything()
     memory = _memory(run, maker, model, data) if stage == "7d" else None
     training = run.plain(run.cfg.training.mla)
     scale = {"router": training["router_lr_scale"]} if stage != "7b" else None

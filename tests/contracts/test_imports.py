@@ -111,6 +111,11 @@ def test_model_and_engine_start_without_what_training_needs() -> None:
     assert not any(name.startswith("nano_think.data") for name in loaded)
 
 
+def test_what_a_configuration_means_is_known_without_lightning() -> None:
+    loaded = loaded_by("import nano_think.phases.expert, nano_think.phases.mla, nano_think.phases.generate")
+    assert not loaded & {"lightning", "torchmetrics", "tensorboard"}
+
+
 @pytest.mark.parametrize(
     ("module", "foreign"),
     [

@@ -12,6 +12,7 @@ from nano_think.artifacts.checkpoint import load_checkpoint, load_tensors
 from nano_think.errors import UserError
 from nano_think.ops.layout import Layout
 from nano_think.phases.expert import expert_maker
+from nano_think.phases import trainer
 from nano_think.phases.fit import Fit
 from nano_think.phases.mla import mla_maker
 
@@ -34,12 +35,12 @@ class PressCtrlC(L.Callback):
 @pytest.fixture
 def interrupt(monkeypatch):
     """`interrupt(step)`: every fit from now on is interrupted once after that step; `interrupt(None)`: none."""
-    configured = Fit._configured_callbacks
+    configured = trainer.configured_callbacks
 
     def at(step):
         extra = [PressCtrlC(step)] if step is not None else []
         monkeypatch.setattr(
-            Fit, "_configured_callbacks", lambda self, work: [*configured(self, work), *extra]
+            trainer, "configured_callbacks", lambda fit, work: [*configured(fit, work), *extra]
         )
 
     yield at

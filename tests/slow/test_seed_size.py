@@ -30,7 +30,7 @@ from nano_think.artifacts.recipe import COMPLETE_MARK
 from nano_think.config import register_schema
 from nano_think.data.shards import build_shards
 from nano_think.files import write_json
-from nano_think.phases import expert, mla
+from nano_think.phases import expert, mla, trainer
 from nano_think.phases.fit import Fit
 from nano_think.phases.mla import mla_maker, stages_of
 from nano_think.phases.run import Maker, Run, versions
@@ -91,13 +91,13 @@ class StepClock(L.Callback):
 def clocks(monkeypatch) -> dict[str, StepClock]:
     """The clock of every fit, by the fit's label."""
     found: dict[str, StepClock] = {}
-    callbacks = Fit._configured_callbacks
+    callbacks = trainer.configured_callbacks
 
-    def with_clock(self: Fit, work: Path) -> list[L.Callback]:
-        found[self.label] = StepClock()
-        return [*callbacks(self, work), found[self.label]]
+    def with_clock(fit: Fit, work: Path) -> list[L.Callback]:
+        found[fit.label] = StepClock()
+        return [*callbacks(fit, work), found[fit.label]]
 
-    monkeypatch.setattr(Fit, "_configured_callbacks", with_clock)
+    monkeypatch.setattr(trainer, "configured_callbacks", with_clock)
     return found
 
 
