@@ -11,8 +11,8 @@ import torch
 from nano_think.artifacts.checkpoint import load_checkpoint, load_tensors
 from nano_think.errors import UserError
 from nano_think.ops.layout import Layout
-from nano_think.phases.expert import expert_maker
 from nano_think.phases import trainer
+from nano_think.phases.expert import expert_maker
 from nano_think.phases.fit import Fit
 from nano_think.phases.mla import mla_maker
 
