@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+GROUPS ?= all
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -78,8 +79,8 @@ check: lint  ## lint, types, import rules
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED)  ## time the scan backends and attention, side by side (phase 9)
-	$(BIN)/python benchmarks/scan.py $(ARGS)
+bench: $(INSTALLED)  ## ours and its peers side by side; one group: make bench GROUPS=scan (phase 9)
+	$(BIN)/python -m benchmarks $(GROUPS) $(ARGS)
 
 clean:  ## remove everything under outputs/: runs, artefacts, checkpoints
 	find outputs -mindepth 1 ! -name .gitkeep -delete

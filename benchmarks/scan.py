@@ -1,88 +1,125 @@
-"""Side by side: the scan backends and causal attention, forward and backward, one run each.
-
-    python benchmarks/scan.py
-
-Times are CPU seconds of this process on one thread, the best of three, so that a busy machine matters little.
-The ratio column compares with the reference in the same table; it is one run on one machine, not a claim.
-"""
+"""The selective scan alone, one layer, forward and backward: our backends, mambapy, the textbook loop."""
 
 from __future__ import annotations
 
-import platform
-import time
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from nano_think.evals.report import Table, render_table
-from nano_think.ops.attention import attention
-from nano_think.ops.selective_scan import cpp_problem, selective_scan
+from benchmarks.harness import Case, Group, Measured, Missing, Options, close
+from benchmarks.harness.case import installed
+from benchmarks.harness.statistics import slope
+from nano_think.ops.selective_scan import Backend, cpp_problem, selective_scan
 
-BATCH, LENGTH, D_MODEL, D_STATE, HEADS = 2, 512, 256, 16, 4
-
-
-def cpu_seconds(work: Callable[[], Tensor], inputs: list[Tensor], repeats: int = 3) -> float:
-    """Best CPU time of `work` with its backward pass, after one run that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        for tensor in inputs:
-            tensor.grad = None
-        started = time.process_time()
-        work().square().sum().backward()
-        times.append(time.process_time() - started)
-    return min(times[1:])
+D_INNER, D_STATE = 768, 16
+LENGTHS, SLOPE_LENGTHS = (512, 2048), (256, 512, 1024, 2048, 4096)
+QUICK_LENGTHS = (8, 16)
+GATE_LENGTH = 64
+LOOP_ROUNDS = 2  # 4 s at length 512 and quadratic
+Scan = Callable[..., Tensor]
 
 
-def scan_table() -> Table:
-    """The reference loop, the chunked torch version, the compiled one where a compiler exists."""
+def group(options: Options) -> Group:
+    """Every backend at two lengths; the fastest at more, for the slope of time over length."""
+    channels = 16 if options.quick else D_INNER
+    lengths = QUICK_LENGTHS if options.quick else LENGTHS
+    slope_lengths = QUICK_LENGTHS if options.quick else SLOPE_LENGTHS
+    scans, missing = _scans(lengths)
+    fastest = next(iter(scans))
+    cases = [
+        _case(name, scans, channels, length, length == lengths[0])
+        for length in slope_lengths
+        for name in scans
+        if name == fastest or (length in lengths and (name != "textbook loop" or length == lengths[0]))
+    ]
+    derived = {f"slope of log time over log length, {fastest}": partial(_slope, fastest, slope_lengths)}
+    title = f"selective scan, one layer, {channels} channels, N {D_STATE}, fwd + bwd, fp32"
+    return Group(
+        title, cases, missing, ("The loop over positions is mambapy's own sequential path.",), derived
+    )
+
+
+def _scans(lengths: tuple[int, ...]) -> tuple[dict[str, Scan], list[Missing]]:
+    """What can run here, the fastest of ours first, and what cannot."""
+    scans: dict[str, Scan] = {}
+    missing = []
+    if problem := cpp_problem():
+        missing += [Missing(f"nano_think cpp {length}", problem) for length in lengths]
+    else:
+        scans["nano_think cpp"] = partial(_ours, backend="cpp")
+    scans["nano_think torch"] = partial(_ours, backend="torch")
+    if installed("mambapy"):
+        from mambapy.mamba import MambaBlock
+
+        scans["mambapy"] = partial(MambaBlock.selective_scan, None)
+        scans["textbook loop"] = partial(_loop, MambaBlock.selective_scan_seq)
+    else:
+        missing += [
+            Missing(f"{name} {length}", "pip install mambapy")
+            for name in ("mambapy", "textbook loop")
+            for length in lengths
+        ]
+    return scans, missing
+
+
+def _ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, backend: Backend) -> Tensor:
+    return selective_scan(x, dt, A, B, C, D, backend=backend)[0]
+
+
+def _loop(method: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> Tensor:
+    return method(SimpleNamespace(config=SimpleNamespace(d_inner=x.shape[-1], d_state=D_STATE)), x, *rest)
+
+
+def _case(name: str, scans: dict[str, Scan], channels: int, length: int, shortest: bool) -> Case:
+    rivals = [
+        peer for peer in ("mambapy", "textbook loop") if peer in scans and (shortest or peer == "mambapy")
+    ]
+    compared = name.startswith("nano_think") and length in (*LENGTHS, *QUICK_LENGTHS)
+    return Case(
+        f"{name} {length}",
+        setup=partial(forward_backward, scans[name], channels, length),
+        tokens=length,
+        peers=tuple(f"{peer} {length}" for peer in rivals) if compared else (),
+        check=partial(same_scan, scans[name], channels, min(length, GATE_LENGTH)),
+        max_rounds=LOOP_ROUNDS if name == "textbook loop" else None,
+    )
+
+
+def _slope(name: str, lengths: tuple[int, ...], measured: Measured) -> float:
+    return measured.over_rounds(
+        lambda seconds: slope(lengths, [seconds[f"{name} {length}"] for length in lengths])
+    )
+
+
+def draw(channels: int, length: int) -> list[Tensor]:
+    """x and dt (1, L, d), A (d, n), B and C (1, L, n), D (d,), all with a gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    x, dt = noise(BATCH, LENGTH, D_MODEL), noise(BATCH, LENGTH, D_MODEL).sigmoid() / 10
-    B, C, D = noise(BATCH, LENGTH, D_STATE), noise(BATCH, LENGTH, D_STATE), noise(D_MODEL)
-    A = -torch.arange(1.0, D_STATE + 1).repeat(D_MODEL, 1)
-    inputs = [tensor.requires_grad_() for tensor in (x, dt, A, B, C, D)]
-    names = ["ref", "torch"] + ["cpp"] * (cpp_problem() is None)
-    seconds = {
-        name: cpu_seconds(lambda name=name: selective_scan(*inputs, backend=name)[0], inputs)
-        for name in names
-    }
-    title = f"selective scan, B {BATCH} L {LENGTH} d {D_MODEL} n {D_STATE}"
-    return _table(title, seconds, "ref")
+    x, dt = noise(1, length, channels), noise(1, length, channels).sigmoid() / 10
+    A = -torch.arange(1.0, D_STATE + 1).repeat(channels, 1)
+    B, C, D = noise(1, length, D_STATE), noise(1, length, D_STATE), noise(channels)
+    return [tensor.requires_grad_() for tensor in (x, dt, A, B, C, D)]
 
 
-def attention_table() -> Table:
-    """The fused kernel against the same with a mask written out, as packed documents need it."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (BATCH, HEADS, LENGTH, D_MODEL // HEADS)
-    inputs = [torch.randn(shape, generator=generator).requires_grad_() for _ in range(3)]
-    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
-    seconds = {
-        "mask": cpu_seconds(lambda: attention(*inputs, mask), inputs),
-        "causal": cpu_seconds(lambda: attention(*inputs, None, causal=True), inputs),
-    }
-    return _table(f"attention, B {BATCH} L {LENGTH} d {D_MODEL} heads {HEADS}", seconds, "mask")
+def forward_backward(scan: Scan, channels: int, length: int) -> Callable[[], object]:
+    """One scan and the gradients of all its inputs."""
+    inputs = draw(channels, length)
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    return lambda: torch.autograd.grad(scan(*inputs), inputs, upstream)
 
 
-def _table(title: str, seconds: dict[str, float], reference: str) -> Table:
-    rows = [[name, value * 1e3, seconds[reference] / value] for name, value in seconds.items()]
-    return Table(
-        ["variant", "CPU ms", f"times as fast as {reference}"], rows, title=title, formats=["", ".1f", ".2f"]
-    )
-
-
-def main() -> None:
-    """Print both tables."""
-    torch.set_num_threads(1)
-    console = Console()
-    console.print(f"{platform.machine()}, torch {torch.__version__}, one thread, forward and backward")
-    for table in (scan_table(), attention_table()):
-        render_table(table, console)
-
-
-if __name__ == "__main__":
-    main()
+def same_scan(scan: Scan, channels: int, length: int) -> None:
+    """Output and gradients equal those of the recurrence written out, to 1e-4."""
+    inputs = draw(channels, length)
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    got, want = scan(*inputs), _ours(*inputs, backend="ref")
+    close("the output", got, want, 1e-4)
+    grads = [torch.autograd.grad(out, inputs, upstream) for out in (got, want)]
+    for name, ours, theirs in zip(("x", "dt", "A", "B", "C", "D"), *grads, strict=True):
+        close(f"the gradient of {name}", ours, theirs, 1e-4)

@@ -26,7 +26,7 @@ CALLS = {
     "demo": "train.py phase=pipeline experiments=demo",
     "sweep": "train.py -m phase=mla expert=all optimizer=adamw,muon seed=1,2",
     "tensorboard": "tensorboard.main --logdir outputs",
-    "bench": "benchmarks/scan.py",
+    "bench": "-m benchmarks all",
 }
 PHASES = [f"phase{i}" for i in range(10)]
 TARGETS = [*SETUP, *CALLS]
