@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nano_think.ops.conv_cpp import CppConv, fits
+
 
 def causal_conv(
     x: Tensor,
@@ -23,7 +25,27 @@ def causal_conv(
     segments: (B or 1, L), the document of every position; taps that lie in another one count as zero. None: one
     document a row.
     window: (B, d, K - 1), the inputs before the first position, of the same document; None: zeros.
+
+    Compiled for sequences in fp32 or bf16 with fp32 weights on the CPU, `plain_conv` otherwise and for single
+    positions.
     """
+    if x.shape[1] > 1 and fits(x, weight):
+        if window is None:
+            return CppConv.apply(x, weight, bias, segments)
+        if segments is None:
+            taps = weight.shape[1]
+            return CppConv.apply(extend_window(x, window, taps), weight, bias, None)[:, taps - 1 :]
+    return plain_conv(x, weight, bias, segments, window)
+
+
+def plain_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    segments: Tensor | None = None,
+    window: Tensor | None = None,
+) -> Tensor:
+    """`causal_conv` in plain tensor operations, on any device and in any dtype."""
     history = extend_window(x, window, weight.shape[1]).to(weight.dtype)
     out = _CausalConv.apply(history, weight, segments)
     return (out if bias is None else out + bias).to(x.dtype)

@@ -6,35 +6,51 @@ import ctypes
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nano_think.ops.native import load
-from nano_think.ops.scan_kernel import ScanInputs
+from nano_think.ops.scan_kernel import ScanGradients, ScanInputs
 
 SOURCE = Path(__file__).with_name("selective_scan.cpp")
 CHANNEL_MULTIPLE = 16  # the widest vector the source uses; narrower ones divide it
 
-_POINTER = ctypes.c_void_p
-_SHAPE = (ctypes.c_int64,) * 4 + (ctypes.c_int,)  # batch, length, channels, states; threads
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_SEQUENCES = ("x", "dt", "B", "C", "z")
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in _SEQUENCES),
+        *((f"{name}_step", _SIZE) for name in _SEQUENCES),
+        *((name, _POINTER) for name in ("decay_rate", "D", "dt_bias", "starts")),
+        *((name, _SIZE) for name in ("batch", "length", "channels", "n")),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [(name, _POINTER) for name in ("x", "dt", "z", "A", "B", "C", "D", "dt_bias", "state")]
 
 
 @cache
 def load_library() -> ctypes.CDLL:
     """The built library, loaded once a process; raises BuildError."""
     library = load(SOURCE)
-    library.scan_forward.argtypes = [*[_POINTER] * 11, *_SHAPE]
-    library.scan_backward.argtypes = [*[_POINTER] * 17, *_SHAPE]
+    problem, gradients = ctypes.POINTER(_Problem), ctypes.POINTER(_Gradients)
+    library.scan_forward.argtypes = [problem, *[_POINTER] * 4, *[ctypes.c_int] * 2]
+    library.scan_backward.argtypes = [problem, *[_POINTER] * 3, gradients, *[ctypes.c_int] * 2]
     library.scan_forward.restype = library.scan_backward.restype = None
-    library.scan_chunk.restype = library.scan_group.restype = ctypes.c_int64
+    library.scan_chunk.restype = library.scan_group.restype = _SIZE
     return library
 
 
 class CppScan:
-    """The `Kernel` for fp32 tensors on the CPU; raises BuildError where the library cannot be had."""
+    """The `Kernel` for the CPU: sequences all in fp32 or all in bf16, the rest in fp32.
+
+    Raises BuildError where the library cannot be had.
+    """
 
     def __init__(self) -> None:
         self.library = load_library()
@@ -44,41 +60,53 @@ class CppScan:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         batch, length, channels = inputs.x.shape
         packed = _pack(inputs)
-        state = _pad(state.transpose(1, 2), channels)
+        state = _pad(state.transpose(1, 2), channels).contiguous()
         chunks = -(-length // self.library.scan_chunk())
         borders = state.new_empty(batch, chunks, *state.shape[1:]) if keep else None
-        y, last = torch.empty_like(packed.x), torch.empty_like(state)
-        self._call(self.library.scan_forward, packed, starts, state, y, borders, last)
+        y, last = packed.x.new_empty(packed.x.shape), torch.empty_like(state)
+        marks = None if starts is None else starts.contiguous()
+        self.library.scan_forward(
+            _problem(packed, marks),
+            *(_address(tensor) for tensor in (state, y, borders, last)),
+            y.dtype == torch.bfloat16,
+            threads(),
+        )
         return y[..., :channels], last.transpose(1, 2)[:, :channels], borders
 
     def backward(
         self, inputs: ScanInputs, starts: Tensor | None, borders: Tensor, dy: Tensor, dlast: Tensor
-    ) -> tuple[Tensor, ...]:
-        channels = inputs.x.shape[2]
+    ) -> ScanGradients:
+        batch, length, channels = inputs.x.shape
         packed = _pack(inputs)
-        x, dt, rate, B, C, D = packed
-        dy, dlast = _pad(dy, channels), _pad(dlast.transpose(1, 2), channels)
-        groups = -(-x.shape[2] // self.library.scan_group())
+        dy, dlast = (_pad(grad, channels).contiguous() for grad in (dy, dlast.transpose(1, 2)))
+        groups = -(-dy.shape[2] // self.library.scan_group())
+        rate, n = packed.A, len(packed.A)
         # Sums over rows and channels end here, so that threads share nothing and their number changes no bit.
-        dx, ddt, dstate = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(dlast)
-        dA, dD = rate.new_empty(len(x), *rate.shape), D.new_empty(len(x), *D.shape)
-        dB, dC = B.new_empty(groups, *B.shape), C.new_empty(groups, *C.shape)
-        grads = (dx, ddt, dA, dB, dC, dD, dstate)
-        self._call(self.library.scan_backward, packed, starts, borders, dy, dlast, *grads)
-        return (
-            dx[..., :channels],
-            ddt[..., :channels],
-            dA.sum(0).t()[:channels],
-            dB.sum(0),
-            dC.sum(0),
-            dD.sum(0)[:channels],
-            dstate.transpose(1, 2)[:, :channels],
-        )
-
-    def _call(self, function: Any, inputs: ScanInputs, starts: Tensor | None, *others: Tensor | None) -> None:
+        grads = {"x": torch.empty_like(dy), "dt": torch.empty_like(dy), "state": torch.empty_like(dlast)}
+        grads["z"] = torch.empty_like(dy) if packed.z is not None else None
+        grads["A"], grads["D"] = rate.new_empty(batch, *rate.shape), rate.new_empty(batch, dy.shape[2])
+        grads["dt_bias"] = None if packed.dt_bias is None else torch.empty_like(grads["D"])
+        grads["B"], grads["C"] = (rate.new_empty(groups, batch, length, n) for _ in range(2))
         marks = None if starts is None else starts.contiguous()
-        addresses = [None if t is None else t.data_ptr() for t in (*inputs, marks, *others)]
-        function(*addresses, *inputs.x.shape, len(inputs.A), threads())
+        self.library.scan_backward(
+            _problem(packed, marks),
+            *(_address(tensor) for tensor in (borders, dy, dlast)),
+            _Gradients(**{name: _address(tensor) for name, tensor in grads.items()}),
+            dy.dtype == torch.bfloat16,
+            threads(),
+        )
+        bias, z = grads["dt_bias"], grads["z"]
+        return ScanGradients(
+            x=grads["x"][..., :channels],
+            dt=grads["dt"][..., :channels],
+            A=grads["A"].sum(0).t()[:channels],
+            B=grads["B"].sum(0).to(dy.dtype),
+            C=grads["C"].sum(0).to(dy.dtype),
+            D=grads["D"].sum(0)[:channels],
+            dt_bias=None if bias is None else bias.sum(0)[:channels],
+            z=None if z is None else z[..., :channels],
+            state=grads["state"].transpose(1, 2)[:, :channels],
+        )
 
 
 def threads() -> int:
@@ -87,13 +115,50 @@ def threads() -> int:
 
 
 def _pack(inputs: ScanInputs) -> ScanInputs:
-    """Contiguous and padded, with A (n, d) as the exponent of 2, since exp(dt A) = 2^(dt A log2 e)."""
-    x, dt, A, B, C, D = inputs
+    """In the kernel's layout, with A (n, d) as the exponent of 2, since exp(dt A) = 2^(dt A log2 e)."""
+    x, dt, A, B, C, D, dt_bias, z = inputs
     channels = x.shape[2]
-    x, dt, rate, D = (_pad(tensor, channels) for tensor in (x, dt, A.t() * math.log2(math.e), D))
-    return ScanInputs(x, dt, rate, B.contiguous(), C.contiguous(), D)
+    return ScanInputs(
+        x=_rows(_pad(x, channels)),
+        dt=_rows(_pad(dt, channels)),
+        A=_pad(A.t() * math.log2(math.e), channels).contiguous(),
+        B=_rows(B),
+        C=_rows(C),
+        D=_pad(D, channels).contiguous(),
+        dt_bias=None if dt_bias is None else _pad(dt_bias, channels).contiguous(),
+        z=None if z is None else _rows(_pad(z, channels)),
+    )
 
 
 def _pad(tensor: Tensor, channels: int) -> Tensor:
-    """Contiguous, the last axis padded with zeros to a multiple of the vector width."""
-    return F.pad(tensor, (0, -channels % CHANNEL_MULTIPLE)).contiguous()
+    """The last axis padded with zeros to a multiple of the vector width; `tensor` itself where it is one."""
+    missing = -channels % CHANNEL_MULTIPLE
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(B, L, ...) with a fixed distance between positions across rows: slices of a projection need no copy."""
+    batch, length, _ = tensor.shape
+    regular = tensor.stride(2) == 1 and (batch == 1 or tensor.stride(0) == length * tensor.stride(1))
+    return tensor if regular else tensor.contiguous()
+
+
+def _problem(packed: ScanInputs, starts: Tensor | None) -> _Problem:
+    sequences = {name: getattr(packed, name) for name in _SEQUENCES}
+    batch, length, channels = packed.x.shape
+    return _Problem(
+        **{name: _address(tensor) for name, tensor in sequences.items()},
+        **{f"{name}_step": 0 if t is None else t.stride(1) for name, t in sequences.items()},
+        decay_rate=_address(packed.A),
+        D=_address(packed.D),
+        dt_bias=_address(packed.dt_bias),
+        starts=_address(starts),
+        batch=batch,
+        length=length,
+        channels=channels,
+        n=len(packed.A),
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -12,7 +12,7 @@ CHUNK = 16
 
 
 class ScanInputs(NamedTuple):
-    """x, dt (B, L, d); A (d, n); B, C (B, L, n); D (d,): see `selective_scan`. One dtype, one device."""
+    """x, dt, z (B, L, d); A (d, n); B, C (B, L, n); D, dt_bias (d,): see `selective_scan`. One device."""
 
     x: Tensor
     dt: Tensor
@@ -20,6 +20,22 @@ class ScanInputs(NamedTuple):
     B: Tensor
     C: Tensor
     D: Tensor
+    dt_bias: Tensor | None = None
+    z: Tensor | None = None
+
+
+class ScanGradients(NamedTuple):
+    """Gradients of everything in `ScanInputs`, in its order, and of the initial state."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    dt_bias: Tensor | None
+    z: Tensor | None
+    state: Tensor
 
 
 class Kernel(Protocol):
@@ -36,12 +52,15 @@ class Kernel(Protocol):
 
     def backward(
         self, inputs: ScanInputs, starts: Tensor | None, borders: Tensor, dy: Tensor, dlast: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Gradients of x, dt, A, B, C, D and the initial state, given those of y and the last state."""
+    ) -> ScanGradients:
+        """The gradients, given those of y and the last state."""
 
 
 class TorchScan:
-    """Chunk by chunk: everything elementwise at once for a chunk, and one fused operation a position between."""
+    """Chunk by chunk: everything elementwise at once for a chunk, and one fused operation a position between.
+
+    The scan alone in one dtype; `dt_bias` and `z` are left to plain tensor operations around it.
+    """
 
     def forward(
         self, inputs: ScanInputs, starts: Tensor | None, state: Tensor, keep: bool
@@ -49,7 +68,7 @@ class TorchScan:
         borders, outputs = [], []
         for x, dt, B, C, starts_c in _chunks(inputs, starts):
             borders.append(state)
-            states = _chunk_states(_decays(dt, inputs.A, starts_c), dt * x, B, state)
+            states = _chunk_states(_decays(dt, inputs.A, starts_c), dt * x, B, state, starts_c)
             outputs.append(torch.einsum("tbdn,tbn->tbd", states[1:], C))
             state = states[-1].clone()  # a view would keep all states of the chunk alive
         y = torch.cat(outputs).transpose(0, 1) + inputs.D * inputs.x
@@ -57,16 +76,16 @@ class TorchScan:
 
     def backward(
         self, inputs: ScanInputs, starts: Tensor | None, borders: Tensor, dy: Tensor, dlast: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> ScanGradients:
         carry, dA = dlast, torch.zeros_like(inputs.A)
         pieces = []
         chunks = list(zip(_chunks(inputs, starts), _time_chunks(dy), borders, strict=True))
         for (x, dt, B, C, starts_c), dy_c, border in reversed(chunks):
             decays, drive = _decays(dt, inputs.A, starts_c), dt * x
-            states = _chunk_states(decays, drive, B, border)
+            states = _chunk_states(decays, drive, B, border, starts_c)
             grads, carry = _chunk_gradients(decays, dy_c, C, carry)
             # What reaches h[t-1] times h[t-1] is the gradient of the exponent dt A.
-            exponent = (grads * decays).mul_(states[:-1])
+            exponent = (grads * decays).mul_(_reset(states[:-1], starts_c))
             through_drive = torch.einsum("tbdn,tbn->tbd", grads, B)
             dA += torch.einsum("tbdn,tbd->dn", exponent, dt)
             pieces.append(
@@ -78,7 +97,8 @@ class TorchScan:
                 )
             )
         dx, ddt, dB, dC = (torch.cat(parts[::-1]).transpose(0, 1) for parts in zip(*pieces, strict=True))
-        return dx + inputs.D * dy, ddt, dA, dB, dC, (dy * inputs.x).sum((0, 1)), carry
+        dx, dD = dx + inputs.D * dy, (dy * inputs.x).sum((0, 1))
+        return ScanGradients(dx, ddt, dA, dB, dC, dD, dt_bias=None, z=None, state=carry)
 
 
 def _time_chunks(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -101,14 +121,20 @@ def _decays(dt: Tensor, A: Tensor, starts: Tensor | None) -> Tensor:
     return decays if starts is None else decays.masked_fill_(starts[..., None, None], 0)
 
 
-def _chunk_states(decays: Tensor, drive: Tensor, B: Tensor, border: Tensor) -> Tensor:
+def _reset(state: Tensor, starts: Tensor | None) -> Tensor:
+    """`state` (..., B, d, n), 0 where `starts` (..., B) says so, even if it is not finite there."""
+    return state if starts is None else state.masked_fill(starts[..., None, None], 0)
+
+
+def _chunk_states(decays: Tensor, drive: Tensor, B: Tensor, border: Tensor, starts: Tensor | None) -> Tensor:
     """The state in front of a chunk and those after each of its positions, (T + 1, B, d, n)."""
     states = decays.new_empty(len(decays) + 1, *border.shape)
     states[0] = border
     torch.mul(drive.unsqueeze(-1), B.unsqueeze(2), out=states[1:])
     state = states[0]
-    for decay, following in zip(decays.unbind(), states[1:].unbind(), strict=True):
-        state = following.addcmul_(decay, state)
+    marks = [None] * len(decays) if starts is None else starts.unbind()
+    for decay, following, start in zip(decays.unbind(), states[1:].unbind(), marks, strict=True):
+        state = following.addcmul_(decay, _reset(state, start))
     return states
 
 

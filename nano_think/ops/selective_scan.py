@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -32,6 +33,8 @@ def selective_scan(
     B: Tensor,
     C: Tensor,
     D: Tensor,
+    dt_bias: Tensor | None = None,
+    z: Tensor | None = None,
     starts: Tensor | None = None,
     state: Tensor | None = None,
     backend: Backend = "auto",
@@ -40,9 +43,11 @@ def selective_scan(
 
     x, dt: (B, L, d) inputs and step sizes >= 0; a step of 0 leaves the state exactly as it is.
     A: (d, n) < 0; B, C: (B, L, n); D: (d,).
+    dt_bias: (d,); where given, the step size is softplus(dt + dt_bias), 0 for a dt of -inf.
+    z: (B, L, d); where given, y is multiplied by silu(z).
     starts: (B, L) bool, True where a document begins: h[t-1] counts as 0 there. None: no such position.
     state: (B, d, n), h before the first position; None: zeros.
-    backend: `auto` is `cpp` for fp32 on the CPU where a compiler exists, `torch` otherwise; the environment
+    backend: `auto` is `cpp` on the CPU where a compiler exists (not for fp64), `torch` otherwise; the environment
     variable NANO_THINK_SCAN overrides the argument. A single position is always computed by `ref`.
 
     Computes in fp32 (fp64 for fp64 inputs) whatever autocast says. Returns y (B, L, d) in the dtype of x and the
@@ -51,14 +56,25 @@ def selective_scan(
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     name = choose_backend(backend, x.device, dtype)
-    inputs = ScanInputs(*(tensor.to(dtype) for tensor in (x, dt, A, B, C, D)))
-    state = inputs.x.new_zeros(len(x), *A.shape) if state is None else state.to(dtype)
+    state = x.new_zeros(len(x), *A.shape, dtype=dtype) if state is None else state.to(dtype)
+    A, D = A.to(dtype), D.to(dtype)
+    dt_bias = None if dt_bias is None else dt_bias.to(dtype)
+    sequences = [x, dt, B, C] if z is None else [x, dt, B, C, z]
     with torch.autocast(x.device.type, enabled=False):
-        if name == "ref" or x.shape[1] == 1:
-            y, last = reference_scan(inputs, starts, state)
-        else:
+        if name == "cpp" and x.shape[1] > 1:
+            half = all(tensor.dtype == torch.bfloat16 for tensor in sequences)
+            x_, dt, B, C, *gate = sequences if half else (tensor.to(dtype) for tensor in sequences)
+            inputs = ScanInputs(x_, dt, A, B, C, D, dt_bias, *gate)
             y, last = _run_kernel(_kernel(name), inputs, starts, state)
-    return y.to(x.dtype), last
+            return y.to(x.dtype), last
+        x_, dt, B, C, *gate = (tensor.to(dtype) for tensor in sequences)
+        dt = dt if dt_bias is None else F.softplus(dt + dt_bias)
+        inputs = ScanInputs(x_, dt, A, B, C, D)
+        if name == "torch" and x.shape[1] > 1:
+            y, last = _run_kernel(_kernel(name), inputs, starts, state)
+        else:
+            y, last = reference_scan(inputs, starts, state)
+        return (y * F.silu(gate[0]) if gate else y).to(x.dtype), last
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -89,7 +105,7 @@ def cpp_problem() -> str | None:
 
 def reference_scan(inputs: ScanInputs, starts: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence position by position, differentiated by autograd. Also the step of cached decoding."""
-    x, dt, A, B, C, D = inputs
+    x, dt, A, B, C, D, _, _ = inputs
     outputs = []
     rows = zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True)
     for t, (x_t, dt_t, B_t, C_t) in enumerate(rows):
@@ -109,7 +125,9 @@ def _kernel(name: str) -> Kernel:
 def _run_kernel(
     kernel: Kernel, inputs: ScanInputs, starts: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, state)):
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (*inputs, state)
+    ):
         return _Scan.apply(kernel, starts, state, *inputs)
     y, last, _ = kernel.forward(inputs, starts, state, keep=False)
     return y, last
@@ -120,7 +138,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: Kernel, starts: Tensor | None, state: Tensor, *inputs: Tensor
+        ctx: Any, kernel: Kernel, starts: Tensor | None, state: Tensor, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         y, last, borders = kernel.forward(ScanInputs(*inputs), starts, state, keep=True)
         ctx.kernel = kernel

@@ -156,7 +156,7 @@ def test_documents_in_one_row_equal_separate_runs(backend: str) -> None:
     weight = torch.randn(1, borders[-1], 5, generator=torch.Generator().manual_seed(3))
     x, dt, A, B, C, D, state = inputs.values()
 
-    packed, last = selective_scan(x, dt, A, B, C, D, starts, state, backend)
+    packed, last = selective_scan(x, dt, A, B, C, D, starts=starts, state=state, backend=backend)
     packed_grads = torch.autograd.grad((packed * weight).sum(), (x, dt, A, B, C, D, state))
     pieces = [slice(*ends) for ends in itertools.pairwise(borders)]
     runs = [selective_scan(x[:, p], dt[:, p], A, B[:, p], C[:, p], D, backend=backend) for p in pieces]
@@ -234,6 +234,91 @@ def test_half_precision_inputs_are_computed_in_fp32(backend: str) -> None:
     assert all(leaf.grad.dtype == torch.bfloat16 for leaf in leaves.values())
 
 
+def gated_inputs(
+    batch: int, length: int, d: int, n: int, half: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs with raw step sizes, their bias and a gate, and starts; `half` rounds the sequences to bf16."""
+    inputs = scan_inputs(batch, length, d, n, seed=length)
+    g = torch.Generator().manual_seed(5)
+    inputs["dt"] = 3 * torch.randn(batch, length, d, generator=g, dtype=torch.float64)
+    inputs["dt_bias"] = torch.randn(d, generator=g, dtype=torch.float64)
+    inputs["z"] = 2 * torch.randn(batch, length, d, generator=g, dtype=torch.float64)
+    sequences = ("x", "dt", "B", "C", "z")
+    rounded = {k: v.detach().bfloat16() if half and k in sequences else v for k, v in inputs.items()}
+    return rounded, random_starts(batch, length)
+
+
+def run_gated(inputs: dict[str, Tensor], starts: Tensor | None, backend: str) -> dict[str, Tensor]:
+    """As `run`, each tensor in the dtype it has."""
+    inputs = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    y, last = selective_scan(**inputs, starts=starts, backend=backend)
+    g = torch.Generator().manual_seed(7)
+    weights = [torch.randn(t.shape, generator=g, dtype=torch.float64).bfloat16() for t in (y, last)]
+    grads = torch.autograd.grad(
+        [y, last], list(inputs.values()), [w.to(t.dtype) for w, t in zip(weights, (y, last), strict=True)]
+    )
+    return dict(zip(("y", "last", *inputs), (y.detach(), last.detach(), *grads), strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(
+    ("batch", "length", "d", "n"),
+    [(2, 1, 20, 16), (1, 40, 32, 16), (2, 19, 129, 5), (3, 2 * CHUNK, 300, 7), (1, 2, 1, 1)],
+)
+def test_softplus_and_gate_equal_the_reference(backend: str, batch: int, length: int, d: int, n: int) -> None:
+    """fp32 against fp64: relative to the largest entry, 2e-6."""
+    inputs, starts = gated_inputs(batch, length, d, n)
+    single = {name: tensor.float() for name, tensor in inputs.items()}
+    for marks in (None, starts):
+        assert_same(run_gated(single, marks, backend), run_gated(inputs, marks, "ref"), 2e-6)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("batch", "length", "d", "n"), [(1, 40, 32, 16), (2, 19, 129, 5)])
+def test_bf16_sequences_cost_one_rounding(backend: str, batch: int, length: int, d: int, n: int) -> None:
+    """Values and gradients against fp64 on the same rounded inputs: half a unit of bf16, 2^-9, of each entry."""
+    inputs, starts = gated_inputs(batch, length, d, n, half=True)
+    mixed = {k: v if v.dtype == torch.bfloat16 else v.float() for k, v in inputs.items()}
+    actual = run_gated(mixed, starts, backend)
+    exact = run_gated({k: v.double() for k, v in inputs.items()}, starts, "ref")
+    for name, value in exact.items():
+        is_sequence = actual[name].dtype == torch.bfloat16
+        assert is_sequence == (name in ("y", "x", "dt", "B", "C", "z")), name
+        torch.testing.assert_close(
+            actual[name].double(),
+            value,
+            rtol=2**-8 if is_sequence else 1e-5,
+            atol=4e-6 * float(value.abs().max()),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_raw_steps_of_minus_infinity_change_nothing(backend: str) -> None:
+    inputs, _ = gated_inputs(2, 40, 5, 16)
+    inputs = {name: tensor.detach().float() for name, tensor in inputs.items()}
+    pads = torch.rand(40, generator=torch.Generator().manual_seed(2)) < 0.4
+    varying = ("x", "dt", "B", "C", "z")
+    kept = {k: v[:, ~pads] if k in varying else v for k, v in inputs.items()}
+    inputs["dt"] = inputs["dt"].masked_fill(pads[:, None], -torch.inf)
+    padded, alone = (run_gated(tensors, None, backend) for tensors in (inputs, kept))
+    assert torch.equal(padded["last"], alone["last"])
+    torch.testing.assert_close(padded["y"][:, ~pads], alone["y"], rtol=1e-5, atol=1e-6)
+    assert all(value.isfinite().all() for value in padded.values())
+    assert not padded["dt"][:, pads].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_of_a_broken_document_reaches_the_next(backend: str) -> None:
+    inputs = {k: v.detach() for k, v in scan_inputs(1, 40, 5, 16, dtype=torch.float32).items()}
+    starts = torch.zeros(1, 40, dtype=torch.bool)
+    starts[:, [0, 21]] = True
+    healthy, _ = selective_scan(**inputs, starts=starts, backend=backend)
+    inputs["x"][:, 5] = torch.inf
+    broken, _ = selective_scan(**inputs, starts=starts, backend=backend)
+    assert torch.equal(broken[:, 21:], healthy[:, 21:])
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_strided_inputs(backend: str) -> None:
     inputs = {k: v.detach() for k, v in scan_inputs(2, 20, 16, 16, dtype=torch.float32).items()}
@@ -284,6 +369,21 @@ def test_backward_cost_is_linear_in_length(backend: str) -> None:
     for (saved, total, _), (saved_twice, total_twice, _) in itertools.pairwise(counts):
         assert saved_twice <= 2.05 * saved
         assert total_twice <= 2.05 * total
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_slices_of_a_projection(backend: str) -> None:
+    """x, dt, B, C as neighbours in one tensor, as a mixer hands them over, values and gradients to the bit."""
+    inputs = {k: v.detach() for k, v in scan_inputs(2, 20, 16, 16, dtype=torch.float32).items()}
+    names = ("x", "dt", "B", "C")
+    together = torch.cat([inputs[name] for name in names], dim=-1)
+    sliced = {**inputs, **dict(zip(names, together.chunk(4, dim=-1), strict=True))}
+    results = []
+    for tensors in (inputs, sliced):
+        leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+        y, _ = selective_scan(**leaves, backend=backend)
+        results.append([y, *torch.autograd.grad(y.sum(), list(leaves.values()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -40,8 +40,8 @@ def as_selective_scan(
         B,
         C,
         x.new_zeros(x.shape[2] * width),
-        starts,
-        state.flatten(1, 2),
+        starts=starts,
+        state=state.flatten(1, 2),
         backend="ref",
     )
     return y.view_as(x), last.view_as(state)

@@ -18,7 +18,10 @@ STEP_RANGE, STEP_FLOOR = (1e-3, 1e-1), 1e-4  # initial step sizes: log-uniform, 
 
 
 class Selection(NamedTuple):
-    """What the inputs choose for themselves: step sizes (B, L, d_inner) and B, C (B, L, d_state)."""
+    """What the inputs choose for themselves: raw step sizes (B, L, d_inner) and B, C (B, L, d_state).
+
+    A step size is softplus(dt + dt_bias), taken inside the scan; one of -inf gives a step of 0.
+    """
 
     dt: Tensor
     B: Tensor
@@ -83,11 +86,12 @@ class S6(nn.Module):
         selection = self._select(u)
         starts = None
         if not layout.plain:
-            # exp(0 A) = 1 and 0 B x = 0: a pad leaves the state exactly as it is.
-            selection = selection._replace(dt=selection.dt.masked_fill(layout.pads.unsqueeze(-1), 0))
+            # A step of 0 leaves the state exactly as it is: exp(0 A) = 1 and 0 B x = 0.
+            pads = layout.pads.unsqueeze(-1)
+            selection = selection._replace(dt=selection.dt.masked_fill(pads, -math.inf))
             starts = layout.starts.expand(x.shape[:2])
-        y, _ = self._scan(u, selection, starts)
-        return self._project(y, z)
+        y, _ = self._scan(u, selection, z, starts)
+        return self.out_proj(y)
 
     def init_state(self, batch: int, max_len: int, max_rollback: int = 0) -> RingState:
         """The last d_conv - 1 inputs of the convolution and the fp32 scan state; `max_len` costs nothing."""
@@ -107,11 +111,12 @@ class S6(nn.Module):
         outputs = []
         for piece in state.pieces(x.shape[1]):
             part = Selection(*(tensor[:, piece] for tensor in selection))
-            y, scan = self._scan(u[:, piece], part, state=state["scan"])
+            gate = None if z is None else z[:, piece]
+            y, scan = self._scan(u[:, piece], part, gate, state=state["scan"])
             window = history[:, piece.stop : piece.stop + self.d_conv - 1].transpose(1, 2).clone()
             state.advance(piece.stop - piece.start, window=window, scan=scan)
             outputs.append(y)
-        return self._project(torch.cat(outputs, dim=1), z)
+        return self.out_proj(torch.cat(outputs, dim=1))
 
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.gate:
@@ -121,17 +126,19 @@ class S6(nn.Module):
 
     def _select(self, u: Tensor) -> Selection:
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return Selection(F.softplus(F.linear(low, self.dt_weight).float() + self.dt_bias), B, C)
+        return Selection(F.linear(low, self.dt_weight), B, C)
 
     def _scan(
-        self, u: Tensor, selection: Selection, starts: Tensor | None = None, state: Tensor | None = None
+        self,
+        u: Tensor,
+        selection: Selection,
+        z: Tensor | None,
+        starts: Tensor | None = None,
+        state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         dt, B, C = selection
         A = -torch.exp(self.A_log.float())
-        return selective_scan(u, dt, A, B, C, self.D, starts, state, self.backend)
-
-    def _project(self, y: Tensor, z: Tensor | None) -> Tensor:
-        return self.out_proj(y if z is None else y * F.silu(z))
+        return selective_scan(u, dt, A, B, C, self.D, self.dt_bias, z, starts, state, self.backend)
 
 
 def init_conv(weight: Tensor, bias: Tensor) -> None:

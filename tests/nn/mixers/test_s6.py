@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -128,10 +129,10 @@ def test_selection_depends_on_the_input(mixer: S6) -> None:
     """A time-invariant system is linear in its input; this one is not, because it chooses steps, B and C."""
     u = normal(1, 20, mixer.d_inner)
     selection = mixer._select(u)
-    once, _ = mixer._scan(u, selection)
-    fixed, _ = mixer._scan(2 * u, selection)
+    once, _ = mixer._scan(u, selection, None)
+    fixed, _ = mixer._scan(2 * u, selection, None)
     torch.testing.assert_close(fixed, 2 * once, rtol=1e-5, atol=1e-5)
-    selective, _ = mixer._scan(2 * u, mixer._select(2 * u))
+    selective, _ = mixer._scan(2 * u, mixer._select(2 * u), None)
     assert not torch.allclose(selective, 2 * once, rtol=0.05)
 
 
@@ -183,9 +184,9 @@ def test_step_sizes_are_zero_at_pads_alone(mixer: S6, monkeypatch: pytest.Monkey
     seen = []
     inner = S6._scan
 
-    def watch(self: S6, u: Tensor, selection: Selection, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        seen.append(selection.dt)
-        return inner(self, u, selection, starts)
+    def watch(self: S6, u: Tensor, selection: Selection, *rest: Any) -> tuple[Tensor, Tensor]:
+        seen.append(nn.functional.softplus(selection.dt + self.dt_bias))
+        return inner(self, u, selection, *rest)
 
     monkeypatch.setattr(S6, "_scan", watch)
     layout = layout_of([[-1, -1, 0, 0, 0, 1, 1, -1]])
@@ -247,19 +248,19 @@ def test_any_program_of_reads_rollbacks_and_reorders_equals_recomputation(
             assert state.length == seen.shape[1]
 
 
-def test_autocast_keeps_step_sizes_and_scan_in_fp32(mixer: S6, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
+def test_autocast_keeps_the_scan_in_fp32(mixer: S6, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
     inner = S6._scan
 
-    def watch(self: S6, u: Tensor, selection: Selection, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, last = inner(self, u, selection, starts)
-        seen.update(dt=selection.dt.dtype, last=last.dtype)
+    def watch(self: S6, u: Tensor, selection: Selection, *rest: Any) -> tuple[Tensor, Tensor]:
+        y, last = inner(self, u, selection, *rest)
+        seen.append((u.dtype, selection.dt.dtype, y.dtype, last.dtype))
         return y, last
 
     monkeypatch.setattr(S6, "_scan", watch)
     x = normal(2, 30, D_MODEL)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = mixer(x, plain(x))
-    assert seen == {"dt": torch.float32, "last": torch.float32}
+    assert seen == [(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32)]
     full = mixer(x, plain(x))
     assert (half.float() - full).norm() < 0.03 * full.norm()
