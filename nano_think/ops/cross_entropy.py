@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-# Up to 128 MiB of fp32 log-probabilities are kept for the backward pass; beyond, they are computed again.
-KEPT_ELEMENTS = 2**25
-# Without a backward pass, logits come in pieces of 4 MiB: they stay in the cache, and the holes that larger ones
-# leave in the heap once took an evaluation from 1 to 6 GB.
-SCORED_ELEMENTS = 2**20
+CHUNK = 1024
+# A CPU takes the softmax in pieces of 4 MiB: they stay in the cache. Without a backward pass, logits come in such
+# pieces too: the holes that larger ones leave in the heap once took an evaluation from 1 to 6 GB.
+PIECE_ELEMENTS = 2**20
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 2048, kept: int = KEPT_ELEMENTS
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK, uniform: bool = True
 ) -> Tensor:
     """-log softmax(hidden weight^T)[label] in nats, fp32, 0 where the label is -100.
 
     hidden: (..., d), weight: (V, d), labels: (...) int64; the result has the shape of `labels`.
 
-    Labelled tokens are taken `chunk` at a time. If all their log-probabilities are more than `kept` numbers,
-    only hidden states are saved and the backward pass computes each chunk again: peak memory is chunk x V
-    instead of tokens x V, for one more head product. Where no gradient is asked for, nothing is saved.
+    Labelled tokens are taken `chunk` at a time and no logits are kept: the forward pass already forms the
+    gradients of the plain sum of the losses (as Liger's kernels do, arXiv 2410.10989) and the backward pass
+    scales them. That is exact for any weighting of the tokens towards `hidden`, and for an equal one towards
+    `weight`; otherwise the backward pass computes the chunks again.
+    uniform: say False where tokens will be weighted differently, to save the forward pass the vain attempt.
+    Where no gradient is asked for, nothing is saved.
     """
     flat, targets = hidden.flatten(0, -2), labels.flatten()
     labelled = (targets != IGNORED).nonzero().squeeze(1)
     dtype = torch.get_autocast_dtype(hidden.device.type)
     dtype = dtype if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = differentiated and len(labelled) * weight.shape[0] <= kept
-    chunk = chunk if differentiated else min(chunk, max(1, SCORED_ELEMENTS // weight.shape[0]))
-    rows = flat.index_select(0, labelled).to(dtype)
-    losses = _LinearCrossEntropy.apply(rows, weight.to(dtype), targets[labelled], chunk, keep)
-    nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+    rows, targets = flat.index_select(0, labelled), targets[labelled]
+    if differentiated:
+        losses = _LinearCrossEntropy.apply(rows, weight, targets, dtype, chunk, uniform)
+    else:
+        chunk = min(chunk, max(1, PIECE_ELEMENTS // weight.shape[0]))
+        losses = _losses(rows.to(dtype), weight.to(dtype), targets, chunk)
+    nll = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
     return nll.index_copy(0, labelled, losses).view(labels.shape)
 
 
@@ -48,42 +54,111 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tenso
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Losses (T,) of hidden (T, d), head (V, d) and targets (T,); d loss / d logits = softmax - one-hot."""
+    """Losses (T,) of hidden (T, d), head (V, d) and targets (T,); d loss / d logits = softmax - one-hot.
+
+    Both sides are cast to `dtype` in here, so that the gradient of an fp32 head stays in the fp32 it is summed in.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, keep: bool) -> Tensor:
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        saved = []
-        for part in _parts(len(hidden), chunk):
-            log_p = _log_probabilities(hidden[part], weight)
-            losses[part] = -log_p.gather(1, targets[part].unsqueeze(1)).squeeze(1)
-            if keep:
-                saved.append(log_p)
-        ctx.chunk = chunk
-        ctx.save_for_backward(hidden, weight, targets, *saved)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        chunk: int,
+        uniform: bool,
+    ) -> Tensor:
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        for_weight &= uniform
+        rows, head = hidden.to(dtype), weight.to(dtype)
+        losses = rows.new_empty(len(rows), dtype=torch.float32)
+        d_hidden = torch.empty_like(rows) if for_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        for part, d_logits in _logit_gradients(rows, head, targets, chunk, losses):
+            if d_hidden is not None:
+                torch.mm(d_logits, head, out=d_hidden[part])
+            if d_weight is not None:
+                _add_product(d_weight, d_logits, rows[part])
+        ctx.save_for_backward(hidden, weight, targets, d_hidden, d_weight)
+        ctx.dtype, ctx.chunk = dtype, chunk
         return losses
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, targets, *saved = ctx.saved_tensors
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if for_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
-        for number, part in enumerate(_parts(len(hidden), ctx.chunk)):
-            log_p = saved[number] if saved else _log_probabilities(hidden[part], weight)
-            d_logits = log_p.exp()
-            d_logits[torch.arange(len(d_logits), device=hidden.device), targets[part]] -= 1
-            d_logits = d_logits.mul_(upstream[part].unsqueeze(1)).to(weight.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[part])
-            if d_weight is not None:
-                d_weight += d_logits.T @ hidden[part]
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, d_hidden, d_weight = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = (d_hidden * upstream.unsqueeze(1)).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            if d_weight is not None and bool((upstream == upstream[:1]).all()):
+                d_weight = d_weight * upstream[:1].sum()  # the sum of no token is 0
+            else:
+                d_weight = _weighted(hidden.to(ctx.dtype), weight.to(ctx.dtype), targets, ctx.chunk, upstream)
+            d_weight = d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None, None
 
 
-def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden, weight).float().log_softmax(dim=-1)
+def _weighted(rows: Tensor, head: Tensor, targets: Tensor, chunk: int, upstream: Tensor) -> Tensor:
+    """The head's fp32 gradient (V, d) where every token has its own weight `upstream` (T,)."""
+    d_weight = torch.zeros_like(head, dtype=torch.float32)
+    for part, d_logits in _logit_gradients(rows, head, targets, chunk):
+        _add_product(d_weight, d_logits.mul_(upstream[part].unsqueeze(1)), rows[part])
+    return d_weight
+
+
+def _logit_gradients(
+    rows: Tensor, head: Tensor, targets: Tensor, chunk: int, losses: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Each chunk of tokens and its softmax - one-hot (chunk, V) in the dtype of `rows`; fills `losses` (T,).
+
+    Products want large chunks, the softmax what fits the cache: it takes a few tokens of a chunk at a time. All
+    buffers are used again, since writing to fresh memory costs more than the arithmetic done here.
+    """
+    few = max(1, PIECE_ELEMENTS // len(head)) if rows.device.type == "cpu" else chunk
+    logits = rows.new_empty(min(chunk, len(rows)), len(head))
+    small = (min(few, len(logits)), len(head))
+    buffers = [rows.new_empty(small, dtype=torch.float32) for _ in range(2)]
+    for part in _parts(len(rows), chunk):
+        z = logits[: len(targets[part])]
+        with torch.autocast(rows.device.type, enabled=False):
+            torch.mm(rows[part], head.T, out=z)
+        pieces = zip(z.split(few), targets[part].split(few), strict=True)
+        found = torch.cat([_softmax_minus_one_hot(piece, labels, buffers) for piece, labels in pieces])
+        if losses is not None:
+            losses[part] = found
+        yield part, z
+
+
+def _softmax_minus_one_hot(z: Tensor, labels: Tensor, buffers: list[Tensor]) -> Tensor:
+    """Turn logits z (n, V) into softmax - one-hot of `labels` (n,) in place; their losses (n,), fp32."""
+    logits, p = (buffer[: len(z)] for buffer in buffers)
+    torch.softmax(logits.copy_(z), dim=-1, out=p)
+    label = labels.unsqueeze(1)
+    # The largest probability is 1 / sum exp(z - max z): the normaliser without another pass of exponentials.
+    losses = logits.amax(dim=-1) - p.amax(dim=-1).log() - logits.gather(1, label).squeeze(1)
+    p.scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))
+    z.copy_(p)
+    return losses
+
+
+def _losses(rows: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """Losses (T,) alone."""
+    losses = rows.new_empty(len(rows), dtype=torch.float32)
+    for part in _parts(len(rows), chunk):
+        with torch.autocast(rows.device.type, enabled=False):
+            logits = F.linear(rows[part], head).float()
+        losses[part] = F.cross_entropy(logits, targets[part], reduction="none")
+    return losses
+
+
+def _add_product(total: Tensor, d_logits: Tensor, rows: Tensor) -> None:
+    """total (V, d) fp32 += d_logits^T rows."""
+    with torch.autocast(rows.device.type, enabled=False):
+        if rows.dtype == total.dtype:
+            total.addmm_(d_logits.T, rows)
+        else:
+            total += d_logits.T @ rows
 
 
 def _parts(length: int, chunk: int) -> list[slice]:

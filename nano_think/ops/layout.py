@@ -52,6 +52,13 @@ class Layout:
         )
 
     @cached_property
+    def first(self) -> Tensor:
+        """(B, L) int64, the earliest position each token may attend to; a pad attends to itself alone."""
+        order = torch.arange(self.segments.shape[1], device=self.segments.device)
+        begun = order.masked_fill(~self.starts, 0).cummax(dim=1).values
+        return torch.where(self.pads, order, begun)
+
+    @cached_property
     def mask(self) -> Tensor:
         """(B, 1, L, L) bool, True where the query (third axis) may attend to the key (fourth axis).
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 RopeLayout = Literal["half", "interleaved"]
 
@@ -25,13 +26,51 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout = "half")
 
     `half` pairs coordinate i with i + dim/2, `interleaved` pairs 2i with 2i + 1. The two differ by a fixed
     permutation of coordinates: a wrong choice passes every shape test and fails only with copied weights.
+    Computed in fp32, returned in the dtype of `x`; no gradient flows to the angles.
     """
-    if layout == "half":
-        first, second = x.float().chunk(2, dim=-1)
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    elif layout == "interleaved":
-        first, second = x.float()[..., 0::2], x.float()[..., 1::2]
-        rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-    else:
+    if layout not in ("half", "interleaved"):
         raise ValueError(f"rope layout must be 'half' or 'interleaved', not {layout!r}")
-    return rotated.to(x.dtype)
+    rotated: Tensor = _Rotation.apply(x, cos, sin, layout)
+    return rotated
+
+
+def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout = "half") -> Tensor:
+    """The same from the formula, differentiated by autograd."""
+    first, second = _pairs(x.float(), layout)
+    turned = first * cos - second * sin, second * cos + first * sin
+    both = torch.cat(turned, dim=-1) if layout == "half" else torch.stack(turned, dim=-1).flatten(-2)
+    return both.to(x.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    """Its transpose is the rotation by the opposite angles, so the backward pass needs no activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.layout = layout
+        return _rotate(x, cos, sin, layout, sign=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(upstream, cos, sin, ctx.layout, sign=-1), None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout, sign: int) -> Tensor:
+    out = x.new_empty(x.shape)  # contiguous, also where x is a transposed view
+    first, second = _pairs(x, layout)
+    for half, a, b, way in zip(
+        _pairs(out, layout), (first, second), (second, first), (-sign, sign), strict=True
+    ):
+        half.copy_((a * cos).addcmul_(b, sin, value=way))
+    return out
+
+
+def _pairs(x: Tensor, layout: RopeLayout) -> tuple[Tensor, Tensor]:
+    """Views of the first and of the second coordinates of all pairs."""
+    if layout == "half":
+        first, second = x.chunk(2, dim=-1)
+        return first, second
+    return x[..., 0::2], x[..., 1::2]

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from nano_think.ops.attention import attention, attention_reference, offset_causal_mask
+from nano_think.ops.attention import (
+    attention,
+    attention_reference,
+    document_mask,
+    offset_causal_mask,
+)
 
 
 def inputs(queries: int, keys: int, heads: int = 4, groups: int = 4, dtype=torch.float64) -> list[Tensor]:
@@ -96,3 +101,14 @@ def test_single_precision_agrees_to_single_precision() -> None:
     torch.testing.assert_close(
         attention(q, k, v, causal=True), attention_reference(q, k, v, causal=True), atol=1e-5, rtol=0
     )
+
+
+def test_first_equals_its_mask_on_short_rows_and_refuses_another() -> None:
+    q, k, v = (x.detach() for x in inputs(9, 9))
+    first = torch.tensor([[0, 0, 0, 3, 3, 5, 5, 7, 8], [0, 1, 1, 1, 1, 1, 6, 6, 6]])
+    expected = attention_reference(q, k, v, mask=document_mask(first))
+    torch.testing.assert_close(attention(q, k, v, first=first), expected)
+    with pytest.raises(ValueError, match="in place of a mask"):
+        attention(q, k, v, mask=document_mask(first), first=first)
+    with pytest.raises(ValueError, match="as many keys as queries"):
+        attention(q[:, :, :3], k, v, first=first)

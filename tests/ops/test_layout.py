@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nano_think.ops.attention import document_mask
 from nano_think.ops.layout import Layout
 from nano_think.ops.rope import rope_angles
 
@@ -46,6 +47,13 @@ def test_starts_and_pads_equal_brute_force(rows) -> None:
     assert layout.starts.tolist() == [
         [i == 0 or row[i] != row[i - 1] for i in range(len(row))] for row in rows
     ]
+
+
+@given(rows=packed_rows())
+def test_first_says_the_same_as_the_mask_and_never_falls(rows) -> None:
+    layout = layout_of(rows)
+    assert torch.equal(document_mask(layout.first), layout.mask)
+    assert (layout.first.diff(dim=1) >= 0).all()
 
 
 @given(rows=packed_rows())

@@ -12,7 +12,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
 )
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from nano_think.ops.rope import apply_rope, rope_angles
+from nano_think.ops.rope import apply_rope, apply_rope_reference, rope_angles
 
 LAYOUTS = ["half", "interleaved"]
 
@@ -109,3 +109,16 @@ def test_low_precision_is_rotated_in_fp32() -> None:
 def test_unknown_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="'half' or 'interleaved', not 'both'"):
         apply_rope(random(1, 4), *rope_angles(torch.zeros(1), 4), "both")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1.6e-2)])
+def test_equals_the_reference_with_gradients(layout, dtype, tolerance) -> None:
+    """Of a transposed view, as heads come; bf16 to one rounding."""
+    x = random(2, 9, 3, 8).to(dtype).transpose(1, 2).requires_grad_()
+    angles, upstream = rope_angles(torch.arange(9), 8), random(2, 3, 9, 8, seed=1).to(dtype)
+    results = []
+    for rotate in (apply_rope, apply_rope_reference):
+        out = rotate(x, *angles, layout)
+        results.append([out, *torch.autograd.grad(out, x, upstream)])
+    torch.testing.assert_close(*results, atol=tolerance, rtol=tolerance)

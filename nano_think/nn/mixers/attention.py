@@ -45,15 +45,17 @@ class CausalSelfAttention(nn.Module):
         keys = self._rotate(self._split(self.k_proj(x), self.num_kv_heads), layout)
         return keys, self._split(self.v_proj(x), self.num_kv_heads)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor | None = None
+    ) -> Tensor:
         """Mix values and project back to (B, L, d_model); without mask, causal with aligned ends."""
-        mixed = attention(q, k, v, mask, causal=mask is None)
+        mixed = attention(q, k, v, mask, causal=mask is None, first=first)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """(B, L, d_model) to the same shape; token t sees tokens <= t of its own document."""
         k, v = self.keys_values(x, layout)
-        return self.attend(self.queries(x, layout), k, v, None if layout.plain else layout.mask)
+        return self.attend(self.queries(x, layout), k, v, None, None if layout.plain else layout.first)
 
     def init_state(self, batch: int, max_len: int, max_rollback: int = 0) -> AppendState:
         """Room for keys and values; any rollback is possible, so `max_rollback` asks for nothing."""

@@ -32,6 +32,7 @@ from nano_think.nn.mixers import attention as self_attention
 from nano_think.nn.mixers import latent_attention, s6, ssd
 from nano_think.nn.mixers.latent_attention import LatentAttention
 from nano_think.nn.mixers.s6 import S6
+from nano_think.ops import attention as attention_ops
 from nano_think.ops.attention import attention
 from nano_think.ops.causal_sum import causal_sum
 from nano_think.ops.conv import causal_conv
@@ -65,10 +66,19 @@ def both_sided_convolution() -> AbstractContextManager[None]:
     return patched(s6, causal_conv=conv)
 
 
-def attend_one_too_far(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = False) -> Tensor:
+def attend_one_too_far(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = False, first: Any = None
+) -> Tensor:
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2] + 1)
+    if first is not None:
+        mask = one_too_far(first)
     return attention(q, k, v, mask)
+
+
+def one_too_far(first: Tensor) -> Tensor:
+    order = torch.arange(first.shape[1])
+    return ((order >= first.unsqueeze(2)) & (order <= order.unsqueeze(1) + 1)).unsqueeze(1)
 
 
 def off_by_one_attention() -> AbstractContextManager[None]:
@@ -77,6 +87,10 @@ def off_by_one_attention() -> AbstractContextManager[None]:
 
 def off_by_one_shared_attention() -> AbstractContextManager[None]:
     return patched(latent_attention, attention=attend_one_too_far)
+
+
+def off_by_one_document_mask() -> AbstractContextManager[None]:
+    return patched(attention_ops, document_mask=one_too_far)
 
 
 def off_by_one_layout_mask() -> AbstractContextManager[None]:
@@ -165,7 +179,11 @@ def pads_in_sight() -> AbstractContextManager[None]:
         same = layout.segments.unsqueeze(2) == layout.segments.unsqueeze(1)
         return (causal & (same | layout.pads.unsqueeze(1))).unsqueeze(1)
 
-    return patched(Layout, mask=property(mask))
+    def first(layout: Layout) -> Tensor:
+        seen = mask(layout).squeeze(1)
+        return seen.to(torch.uint8).argmax(dim=-1)
+
+    return patched(Layout, mask=property(mask), first=property(first))
 
 
 def attention_without_reset() -> AbstractContextManager[None]:
@@ -174,7 +192,10 @@ def attention_without_reset() -> AbstractContextManager[None]:
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         return ((causal & ~layout.pads.unsqueeze(1)) | torch.eye(length, dtype=torch.bool)).unsqueeze(1)
 
-    return patched(Layout, mask=property(mask))
+    def first(layout: Layout) -> Tensor:
+        return torch.zeros_like(layout.segments)
+
+    return patched(Layout, mask=property(mask), first=property(first))
 
 
 def router_without_reset() -> AbstractContextManager[None]:
@@ -366,7 +387,8 @@ CONTROLS = [
     Control("both-sided convolution", both_sided_convolution, S, "A1 A2 A3", MIXER),
     Control("off-by-one mask", off_by_one_attention, T, "A1 A2 A3", MIXER),
     Control("off-by-one mask, MLA", off_by_one_shared_attention, "mixture", "A1 A2 A3", MLA),
-    Control("off-by-one layout mask", off_by_one_layout_mask, T, "A1", MIXER),
+    Control("off-by-one document mask", off_by_one_document_mask, T, "A1", MIXER),
+    Control("off-by-one layout mask, MLA", off_by_one_layout_mask, "mixture", "A1", MLA),
     Control("noisy stream sees later keys", noisy_stream_sees_later_keys, D, "A1 A2 A3", NOISY),
     Control(
         "noisy stream, fused", noisy_stream_sees_later_keys, "fused", "A1", "experts.diffuser.denoiser.*"

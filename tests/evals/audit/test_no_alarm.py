@@ -17,6 +17,7 @@ from nano_think.model import ExpertLM, NanoThink
 from nano_think.nn.mixers.attention import CausalSelfAttention
 from nano_think.nn.mixers.s6 import S6
 from nano_think.nn.mixers.ssd import SSD
+from nano_think.ops.blocked_attention import BLOCK
 
 PLAN = Plan(vocab_size=61, length=29, border=8)
 CHECKS = ("A1", "A2", "A3", "A4", "A5", "A6", "A9", "A10")
@@ -100,6 +101,14 @@ MIXED: dict[str, dict[str, Any]] = {
 def test_an_expert_alone(name, lone):
     kind, options = LONE[name]
     found = audit(lone(kind, **options), plan=PLAN, checks=CHECKS)
+    assert found.passed, str(found)
+
+
+@pytest.mark.parametrize("name", ["transformer", "grouped keys and values"])
+def test_an_expert_whose_attention_goes_by_blocks(name, lone):
+    kind, options = LONE[name]
+    plan = Plan(vocab_size=61, length=BLOCK + 23, border=BLOCK // 3)
+    found = audit(lone(kind, **options), plan=plan, checks=CHECKS)
     assert found.passed, str(found)
 
 
