@@ -235,7 +235,10 @@ class TestDecoding:
 
         monkeypatch.setattr(model, "extend", spy, raising=False)
         memory = None if subject.retriever is None else subject.retriever.init_state(1)
-        made = generate(model, prompt, NEW_TOKENS, SamplingConfig(temperature=0.0), memory=memory)
+        # the native step runs no module that could be watched; it is compared with this one in tests/engine
+        made = generate(
+            model, prompt, NEW_TOKENS, SamplingConfig(temperature=0.0), memory=memory, native=False
+        )
         monkeypatch.undo()
         assert [piece["logits"].shape[1] for piece in said] == [length] + [1] * (NEW_TOKENS - 1)
         whole = torch.cat((prompt, torch.tensor(made.tokens)), dim=1)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nano_think.engine.native_step import NativeStep, supports
 from nano_think.engine.sampling import SamplingConfig, row_generators, sample
+from nano_think.ops.native import BuildError
+
+NATIVE_FROM = 64  # new tokens from which a packed copy of the weights pays for itself
 
 OnToken = Callable[[int, int, Tensor | None], None]
 
@@ -76,6 +82,7 @@ def generate(
     on_token: OnToken | None = None,
     memory: Memory | None = None,
     options: Mapping[str, Any] | None = None,
+    native: bool | None = None,
 ) -> Generation:
     """Continue every prompt by up to max_new_tokens tokens; a row stops at `eos_id`.
 
@@ -86,6 +93,8 @@ def generate(
     on_token: called as on_token(row, token id, routing weights (N,) or None) as each token is drawn.
     memory: its slots are passed to the model as `memory`.
     options: further arguments of `model.extend` (forced weights, knock-out).
+    native: read the new tokens of a single row by `NativeStep`, in fp32; None does so where the model allows it
+    and max_new_tokens is at least NATIVE_FROM, and warns once where no compiler is found.
     Raises ValueError for an empty or too long prompt, rows of unequal length and ids outside the vocabulary.
     """
     config = config or SamplingConfig()
@@ -99,18 +108,47 @@ def generate(
     prompt_weights = None
     with _evaluating(model):
         state = model.init_state(batch, prompt_length + room - 1)
+        fast: NativeStep | None = None
         for step in range(room):
-            slots = {} if memory is None else {"memory": memory.step(tokens)}
-            output = model.extend(tokens, state, **(options or {}), **slots)
+            if step == 1 and batch == 1 and memory is None and not options:
+                fast = _native_step(model, state, prompt_length + room - 1, room, native)
+            if fast is not None:
+                logits, weights = fast.step(int(tokens)).unsqueeze(0), None
+            else:
+                slots = {} if memory is None else {"memory": memory.step(tokens)}
+                output = model.extend(tokens, state, **(options or {}), **slots)
+                logits, weights = output.logits[:, -1], output.weights
             if step == 0:
-                prompt_weights = output.weights
-            logits = _ban(output.logits[:, -1], banned_ids)
+                prompt_weights = weights
+            logits = _ban(logits, banned_ids)
             drawn = sample(logits, config, generators)
-            rows.add(drawn, logits, None if output.weights is None else output.weights[:, -1])
+            rows.add(drawn, logits, None if weights is None else weights[:, -1])
             if all(rows.finished):
                 break
             tokens = drawn.unsqueeze(1)
     return rows.generation(prompt_weights)
+
+
+def _native_step(
+    model: Any, state: Any, max_len: int, new_tokens: int, wanted: bool | None
+) -> NativeStep | None:
+    """A native step that goes on from `state`, or None for the plain one."""
+    if wanted is False or (wanted is None and (new_tokens < NATIVE_FROM or supports(model) is not None)):
+        return None
+    try:
+        fast = NativeStep(model, max_len=max_len)
+    except BuildError as error:
+        if wanted:
+            raise
+        _warn_once(f"decoding by the plain PyTorch step, several times slower: {error}")
+        return None
+    fast.load(state)
+    return fast
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 class _Rows:

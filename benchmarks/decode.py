@@ -1,0 +1,224 @@
+"""Decoding one row: the native step, our plain PyTorch step and Hugging Face Llama's `generate`.
+
+One unit is NEW greedy tokens after a prompt that was read before the clock started. `generate` cases read the
+prompt too, and ours packs its weights within the clock.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, Group, Measured, Missing, Options, close
+from benchmarks.harness.case import installed
+from benchmarks.peers.language_models import Size, llama, ours
+from nano_think.engine.generate import generate
+from nano_think.engine.native_step import NativeStep, Precision
+from nano_think.engine.sampling import SamplingConfig
+from nano_think.experts.state_space import StateSpaceExpert
+from nano_think.model import ExpertLM
+from nano_think.ops.native import BuildError, find_compiler
+
+# Largest difference of a logit from the plain fp32 step, as a share of the largest logit.
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2, "int8": 6e-2}
+HF_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LONG = 4096  # context of the state-space cases, against the prompt's
+NOTES = (
+    "The share of the read peak counts the weights alone; keys and values come on top.",
+    "Beside coarse weights keys and values are bf16. Hugging Face bf16 rounds activations too.",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network, a prompt and how many tokens follow it."""
+
+    size: Size
+    prompt: int = 128
+    new: int = 128
+
+    def tokens(self) -> Tensor:
+        """The prompt, (1, prompt)."""
+        return self.size.draw(1, self.prompt)[0]
+
+
+def group(options: Options) -> Group:
+    """Native precisions and both plain steps; whole generations; the state-space expert at two contexts."""
+    job = Job(Size(num_layers=1, d_model=32, num_heads=2, ffn_dim=48, vocab_size=64, length=64), 8, 8) \
+        if options.quick else Job(Size())  # fmt: skip
+    cases, missing = [_case(job, "plain fp32", plain_step)], []
+    rivals: tuple[str, ...] = ("plain fp32",)
+    if installed("transformers"):
+        cases += [
+            _case(job, f"HF {name}", partial(hugging_face, dtype=dtype), check=partial(same_network, job))
+            for name, dtype in HF_TYPES.items()
+        ]
+        cases += [_case(job, "HF generate fp32", hugging_face_generate)]
+        rivals += tuple(f"HF {name}" for name in HF_TYPES)
+    else:
+        missing += [Missing(f"HF {name}", "pip install transformers") for name in HF_TYPES]
+    try:
+        find_compiler()
+    except BuildError as error:
+        return Group(_title(job), cases, [*missing, Missing("native", str(error))], NOTES)
+    cases += [_native_case(job, precision, rivals) for precision in get_args(Precision)]
+    whole = ("HF generate fp32",) if installed("transformers") else ()
+    cases.append(_case(job, "nano_think generate", our_generate, peers=whole))
+    contexts = (job.prompt, 2 * job.prompt if options.quick else LONG)
+    cases += [
+        _case(job, f"state space native, context {n}", partial(state_space, context=n)) for n in contexts
+    ]
+    derived = {
+        "state space: speed at the long context over that at the short one": partial(flat, contexts=contexts)
+    }
+    return Group(_title(job), cases, missing, NOTES, derived)
+
+
+def flat(measured: Measured, contexts: tuple[int, int]) -> float:
+    """Median over the rounds."""
+    short, long = (f"state space native, context {n}" for n in contexts)
+    return measured.over_rounds(lambda seconds: seconds[short] / seconds[long])
+
+
+def _title(job: Job) -> str:
+    size = job.size
+    return (
+        f"decoding, batch 1, {size.num_layers} layers, d {size.d_model}, vocabulary {size.vocab_size:,}, "
+        f"prompt {job.prompt} + {job.new} new"
+    )
+
+
+def _case(job: Job, name: str, setup: Callable[[Job], Any], **more: Any) -> Case:
+    return Case(name, setup=partial(setup, job), tokens=job.new, **more)
+
+
+def _native_case(job: Job, precision: Precision, rivals: tuple[str, ...]) -> Case:
+    shapes = NativeStep(_model(job), precision, max_len=1)
+    return _case(
+        job,
+        f"native {precision}",
+        partial(native, precision=precision),
+        bytes=float(shapes.bytes_per_token * job.new),
+        peak="read",
+        peers=rivals,
+        check=partial(same_logits, job, precision),
+    )
+
+
+def _model(job: Job) -> ExpertLM:
+    model = ours(job.size).network
+    assert isinstance(model, ExpertLM)
+    return model.eval()
+
+
+def native(job: Job, precision: Precision) -> Callable[[], object]:
+    """Always from the prompt's end; what was written behind it is overwritten."""
+    step = NativeStep(_model(job), precision, max_len=job.prompt + job.new)
+    first = int(step.prefill(job.tokens()[0].tolist()).argmax())
+
+    def work() -> None:
+        token, step.position = first, job.prompt
+        for _ in range(job.new):
+            token = int(step.step(token).argmax())
+
+    return work
+
+
+def state_space(job: Job, context: int) -> Callable[[], object]:
+    """The native step of a state-space expert of our size behind `context` tokens."""
+    expert = StateSpaceExpert(job.size.d_model, job.size.num_layers, 2 * job.size.d_model)
+    model = ExpertLM((job.size.vocab_size, job.size.d_model), expert).eval()
+    step = NativeStep(model, max_len=context + job.new)
+    first = int(step.prefill(job.size.draw(1, context)[0][0].tolist()).argmax())
+
+    def work() -> None:
+        token, step.position = first, context
+        for _ in range(job.new):
+            token = int(step.step(token).argmax())
+
+    return work
+
+
+def plain_step(job: Job) -> Callable[[], object]:
+    """`ExpertLM.extend`, one position at a time."""
+    model = _model(job)
+    state = model.init_state(1, job.prompt + job.new)
+    with torch.no_grad():
+        first = _last(model, job.tokens(), state)
+
+    @torch.no_grad()
+    def work() -> None:
+        token = first
+        for _ in range(job.new):
+            token = _last(model, token, state)
+        state.rollback(job.new)
+
+    return work
+
+
+def _last(model: ExpertLM, tokens: Tensor, state: Any) -> Tensor:
+    logits = model.extend(tokens, state).logits
+    assert logits is not None
+    return logits[:, -1:].argmax(dim=-1)
+
+
+def hugging_face(job: Job, dtype: torch.dtype) -> Callable[[], object]:
+    """`generate` with a cache that holds all of the prompt but its last token."""
+    from transformers import DynamicCache
+
+    model: Any = llama(job.size).network.eval().to(dtype)
+    tokens, cache = job.tokens(), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens[:, :-1], past_key_values=cache, use_cache=True)
+
+    def work() -> None:
+        model.generate(tokens, past_key_values=copy.deepcopy(cache), **_greedy(job))
+
+    return work
+
+
+def hugging_face_generate(job: Job) -> Callable[[], object]:
+    """Prompt and new tokens."""
+    model: Any = llama(job.size).network.eval()
+    tokens = job.tokens()
+    return lambda: model.generate(tokens, **_greedy(job))
+
+
+def _greedy(job: Job) -> dict[str, Any]:
+    length = {"max_new_tokens": job.new, "min_new_tokens": job.new}
+    return {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None, **length}
+
+
+def our_generate(job: Job) -> Callable[[], object]:
+    """Prompt, packing and new tokens, with the log-probability of each."""
+    model, prompt = _model(job), job.tokens()
+    return lambda: generate(model, prompt, job.new, SamplingConfig(temperature=0.0), native=True)
+
+
+@torch.no_grad()
+def same_logits(job: Job, precision: Precision) -> None:
+    """The step's logits after the prompt and eight given tokens, against those of the plain fp32 step."""
+    model, tokens = _model(job), job.size.draw(1, job.prompt + 8)[0]
+    step = NativeStep(model, precision, max_len=job.prompt + 8)
+    step.prefill(tokens[0, : job.prompt].tolist())
+    state = model.init_state(1, job.prompt + 8)
+    model.extend(tokens[:, : job.prompt], state)
+    for token in tokens[0, job.prompt :].tolist():
+        want = model.extend(torch.tensor([[token]]), state).logits
+        assert want is not None
+        close(f"a logit in {precision}", step.step(token), want[0, -1], TOLERANCES[precision])
+
+
+@torch.no_grad()
+def same_network(job: Job) -> None:
+    """Hugging Face's logits of the prompt's last token are ours."""
+    network: Any = llama(job.size).network.eval()
+    want = _model(job)(job.tokens()).logits
+    assert want is not None
+    close("a logit of Hugging Face's model", network(job.tokens()).logits[0, -1], want[0, -1], 1e-4)
