@@ -28,9 +28,10 @@ from nano_think.ops.native import BuildError, find_compiler
 # Largest difference of a logit from the plain fp32 step, as a share of the largest logit.
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2, "int8": 6e-2}
 HF_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+READ = "read the fp32 weights"
 LONG = 4096  # context of the state-space cases, against the prompt's
 NOTES = (
-    "The share of the read peak counts the weights alone; keys and values come on top.",
+    "The share of the reading speed counts the weights alone; keys and values come on top.",
     "Beside coarse weights keys and values are bf16. Hugging Face bf16 rounds activations too.",
 )
 
@@ -67,6 +68,7 @@ def group(options: Options) -> Group:
         find_compiler()
     except BuildError as error:
         return Group(_title(job), cases, [*missing, Missing("native", str(error))], NOTES)
+    cases.append(_case(job, READ, reading))
     cases += [_native_case(job, precision, rivals) for precision in get_args(Precision)]
     whole = ("HF generate fp32",) if installed("transformers") else ()
     cases.append(_case(job, "nano_think generate", our_generate, peers=whole))
@@ -74,9 +76,16 @@ def group(options: Options) -> Group:
     cases += [
         _case(job, f"state space native, context {n}", partial(state_space, context=n)) for n in contexts
     ]
-    derived = {
-        "state space: speed at the long context over that at the short one": partial(flat, contexts=contexts)
+    sizes = {p: NativeStep(_model(job), p, max_len=1).bytes_per_token for p in get_args(Precision)}
+    derived: dict[str, Callable[[Measured], float]] = {
+        f"native {p}: share of the reading speed": partial(
+            read_share, precision=p, share_of_bytes=size / sizes["fp32"]
+        )
+        for p, size in sizes.items()
     }
+    derived["state space: speed at the long context over that at the short one"] = partial(
+        flat, contexts=contexts
+    )
     return Group(_title(job), cases, missing, NOTES, derived)
 
 
@@ -99,13 +108,10 @@ def _case(job: Job, name: str, setup: Callable[[Job], Any], **more: Any) -> Case
 
 
 def _native_case(job: Job, precision: Precision, rivals: tuple[str, ...]) -> Case:
-    shapes = NativeStep(_model(job), precision, max_len=1)
     return _case(
         job,
         f"native {precision}",
         partial(native, precision=precision),
-        bytes=float(shapes.bytes_per_token * job.new),
-        peak="read",
         peers=rivals,
         check=partial(same_logits, job, precision),
     )
@@ -115,6 +121,24 @@ def _model(job: Job) -> ExpertLM:
     model = ours(job.size).network
     assert isinstance(model, ExpertLM)
     return model.eval()
+
+
+def reading(job: Job) -> Callable[[], object]:
+    """Read the fp32 weights once for each new token and do next to nothing with them."""
+    weights = NativeStep(_model(job), max_len=1).weights.view(torch.float32)
+
+    def work() -> None:
+        for _ in range(job.new):
+            weights.max()
+
+    return work
+
+
+def read_share(measured: Measured, precision: Precision, share_of_bytes: float) -> float:
+    """Bytes of weights per CPU second over those of `reading` in the same round, median over the rounds."""
+    return measured.over_rounds(
+        lambda seconds: share_of_bytes * seconds[READ] / seconds[f"native {precision}"]
+    )
 
 
 def native(job: Job, precision: Precision) -> Callable[[], object]:

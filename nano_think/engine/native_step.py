@@ -102,7 +102,7 @@ class NativeStep:
     precision: how the matrices are kept: `fp32`, `bf16`, or `int8` with one scale a row. Sums, norms, the state
     and everything that is no matrix product are fp32. The prompt is read by the plain fp32 model.
     max_len: most positions the state holds. threads: of each step, torch's number where not given; it changes
-    no bit of the logits.
+    no bit of the logits. weights: the packed bytes.
 
     The weights are copied here: `prefill` and `load` raise RuntimeError where the model has changed since.
     Raises ValueError for a model that `supports` turns down, BuildError without a compiler.
@@ -125,8 +125,8 @@ class NativeStep:
         self._rope = _rope(model, max_len)
         *body, head = _pack(model, precision)
         parts = [*body, head]
-        self._stream = torch.cat(parts, out=self._buffer(sum(part.numel() for part in parts)))
-        self._table = self._stream[len(self._stream) - head.numel() :]
+        self.weights = torch.cat(parts, out=self._buffer(sum(part.numel() for part in parts)))
+        self._table = self.weights[len(self.weights) - head.numel() :]
         self._caches = torch.float32 if precision == "fp32" else torch.bfloat16
         self._sizes = [_state_bytes(block.mixer, max_len, self._caches) for block in _blocks(model)]
         self._state = self._buffer(sum(self._sizes)).zero_()
@@ -135,7 +135,7 @@ class NativeStep:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one step reads; keys, values and scan states come on top."""
-        return self._stream.numel()
+        return self.weights.numel()
 
     @torch.no_grad()
     def prefill(self, tokens: Sequence[int]) -> Tensor:
@@ -171,7 +171,7 @@ class NativeStep:
             raise ValueError(f"the state holds {self.max_len} positions, one more was needed")
         if not 0 <= token < self._shape.vocab_size:
             raise ValueError(f"token {token} lies outside the vocabulary of {self._shape.vocab_size} tokens")
-        buffers = (self._stream, self._table, self._mixers, self._rope, self._state, self._logits)
+        buffers = (self.weights, self._table, self._mixers, self._rope, self._state, self._logits)
         addresses = (buffer.data_ptr() for buffer in buffers)
         threads = self._threads or torch.get_num_threads()
         self._library.native_step(self._shape, self._kind, *addresses, token, self.position, threads)
