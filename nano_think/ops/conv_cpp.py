@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nano_think.ops.native import BuildError, load
+from nano_think.ops.native import BuildError, address, load, rows, threads
 
 SOURCE = Path(__file__).with_name("causal_conv.cpp")
 
@@ -50,7 +50,7 @@ class CppConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, segments: Tensor | None) -> Tensor:
-        x = _rows(x)
+        x = rows(x)
         if segments is not None:
             segments = segments.expand(x.shape[:2]).to(torch.int64).contiguous()
         taps = weight.t().flip(0).contiguous()  # the current position first
@@ -80,20 +80,8 @@ def _library() -> Any:
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return [address(tensor) for tensor in tensors]
 
 
 def _shape(x: Tensor, taps: Tensor) -> tuple[int, ...]:
     return *x.shape, len(taps), x.stride(1), x.dtype == torch.bfloat16, threads()
-
-
-def threads() -> int:
-    """Threads the kernel may use: as many as torch."""
-    return torch.get_num_threads()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, L, d) with a fixed distance between positions across rows: a slice of a projection needs no copy."""
-    batch, length, _ = x.shape
-    regular = x.stride(2) == 1 and (batch == 1 or x.stride(0) == length * x.stride(1))
-    return x if regular else x.contiguous()

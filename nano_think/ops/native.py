@@ -13,6 +13,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from nano_think.files import atomic_write, hash_bytes
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
@@ -64,6 +67,23 @@ def build(source: Path, folder: Path) -> Path:
                 return path
         errors.append(result.stderr.strip())
     raise BuildError(f"{compiler} failed: {errors[0][-500:]}")
+
+
+def threads() -> int:
+    """Threads a kernel may use: as many as torch."""
+    return torch.get_num_threads()
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers begin, as kernels take it; None stands for a part that is not there."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """(B, L, ...) with a fixed distance between positions across rows: slices of a projection need no copy."""
+    batch, length, _ = tensor.shape
+    regular = tensor.stride(2) == 1 and (batch == 1 or tensor.stride(0) == length * tensor.stride(1))
+    return tensor if regular else tensor.contiguous()
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

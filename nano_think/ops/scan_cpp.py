@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nano_think.ops.native import load
+from nano_think.ops.native import address, load, rows, threads
 from nano_think.ops.scan_kernel import ScanGradients, ScanInputs
 
 SOURCE = Path(__file__).with_name("selective_scan.cpp")
@@ -67,7 +67,7 @@ class CppScan:
         marks = None if starts is None else starts.contiguous()
         self.library.scan_forward(
             _problem(packed, marks),
-            *(_address(tensor) for tensor in (state, y, borders, last)),
+            *(address(tensor) for tensor in (state, y, borders, last)),
             y.dtype == torch.bfloat16,
             threads(),
         )
@@ -90,8 +90,8 @@ class CppScan:
         marks = None if starts is None else starts.contiguous()
         self.library.scan_backward(
             _problem(packed, marks),
-            *(_address(tensor) for tensor in (borders, dy, dlast)),
-            _Gradients(**{name: _address(tensor) for name, tensor in grads.items()}),
+            *(address(tensor) for tensor in (borders, dy, dlast)),
+            _Gradients(**{name: address(tensor) for name, tensor in grads.items()}),
             dy.dtype == torch.bfloat16,
             threads(),
         )
@@ -109,24 +109,19 @@ class CppScan:
         )
 
 
-def threads() -> int:
-    """Threads the kernel may use: as many as torch."""
-    return torch.get_num_threads()
-
-
 def _pack(inputs: ScanInputs) -> ScanInputs:
     """In the kernel's layout, with A (n, d) as the exponent of 2, since exp(dt A) = 2^(dt A log2 e)."""
     x, dt, A, B, C, D, dt_bias, z = inputs
     channels = x.shape[2]
     return ScanInputs(
-        x=_rows(_pad(x, channels)),
-        dt=_rows(_pad(dt, channels)),
+        x=rows(_pad(x, channels)),
+        dt=rows(_pad(dt, channels)),
         A=_pad(A.t() * math.log2(math.e), channels).contiguous(),
-        B=_rows(B),
-        C=_rows(C),
+        B=rows(B),
+        C=rows(C),
         D=_pad(D, channels).contiguous(),
         dt_bias=None if dt_bias is None else _pad(dt_bias, channels).contiguous(),
-        z=None if z is None else _rows(_pad(z, channels)),
+        z=None if z is None else rows(_pad(z, channels)),
     )
 
 
@@ -136,29 +131,18 @@ def _pad(tensor: Tensor, channels: int) -> Tensor:
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(B, L, ...) with a fixed distance between positions across rows: slices of a projection need no copy."""
-    batch, length, _ = tensor.shape
-    regular = tensor.stride(2) == 1 and (batch == 1 or tensor.stride(0) == length * tensor.stride(1))
-    return tensor if regular else tensor.contiguous()
-
-
 def _problem(packed: ScanInputs, starts: Tensor | None) -> _Problem:
     sequences = {name: getattr(packed, name) for name in _SEQUENCES}
     batch, length, channels = packed.x.shape
     return _Problem(
-        **{name: _address(tensor) for name, tensor in sequences.items()},
+        **{name: address(tensor) for name, tensor in sequences.items()},
         **{f"{name}_step": 0 if t is None else t.stride(1) for name, t in sequences.items()},
-        decay_rate=_address(packed.A),
-        D=_address(packed.D),
-        dt_bias=_address(packed.dt_bias),
-        starts=_address(starts),
+        decay_rate=address(packed.A),
+        D=address(packed.D),
+        dt_bias=address(packed.dt_bias),
+        starts=address(starts),
         batch=batch,
         length=length,
         channels=channels,
         n=len(packed.A),
     )
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
