@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,12 +132,16 @@ def prefix(subject: Subject, plan: Plan) -> Finding:
     return compare.finding(f"{len(plan.positions())} prefixes")
 
 
-def embedding_of(subject: Subject) -> nn.Embedding | None:
-    """The first table of the whole vocabulary."""
+def embedding_of(subject: Subject) -> Any:
+    """The first table of the whole vocabulary, None where there is none."""
     if subject.module is None:
         return None
-    tables = (part for part in subject.module.modules() if isinstance(part, nn.Embedding))
-    return next((table for table in tables if table.num_embeddings >= subject.vocab_size), None)
+    return next((t for t in _tables(subject.module) if t.num_embeddings >= subject.vocab_size), None)
+
+
+def _tables(module: nn.Module) -> list[Any]:
+    """Tables, also of a class of their own: one that keeps its rows in another form is no nn.Embedding."""
+    return [part for part in module.modules() if isinstance(getattr(part, "num_embeddings", None), int)]
 
 
 def _paths(subject: Subject, plan: Plan) -> list[Path]:
@@ -182,9 +187,7 @@ def _reach(subject: Subject, plan: Plan, tokens: Tensor, i: int) -> Tensor | Non
         leaves.append(output.detach().requires_grad_(True))
         return leaves[-1]
 
-    handles = [
-        part.register_forward_hook(cut) for part in subject.module.modules() if isinstance(part, nn.Embedding)
-    ]
+    handles = [part.register_forward_hook(cut) for part in _tables(subject.module)]
     try:
         with torch.enable_grad():
             logits = named_tensors(subject.read(tokens)[0])["logits"]
