@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nano_think.engine.native_step import NativeStep, supports
+from nano_think.engine.native_step import NativeStep, Precision, supports
 from nano_think.engine.sampling import SamplingConfig, row_generators, sample
 from nano_think.ops.native import BuildError
 
@@ -83,6 +83,7 @@ def generate(
     memory: Memory | None = None,
     options: Mapping[str, Any] | None = None,
     native: bool | None = None,
+    precision: Precision = "fp32",
 ) -> Generation:
     """Continue every prompt by up to max_new_tokens tokens; a row stops at `eos_id`.
 
@@ -93,8 +94,10 @@ def generate(
     on_token: called as on_token(row, token id, routing weights (N,) or None) as each token is drawn.
     memory: its slots are passed to the model as `memory`.
     options: further arguments of `model.extend` (forced weights, knock-out).
-    native: read the new tokens of a single row by `NativeStep`, in fp32; None does so where the model allows it
-    and max_new_tokens is at least NATIVE_FROM, and warns once where no compiler is found.
+    native: read the new tokens of a single row by `NativeStep`; None does so where the model allows it and
+    max_new_tokens is at least NATIVE_FROM, and warns once where no compiler is found.
+    precision: how the native step keeps the weights. Coarser ones than fp32 are not known to the plain step, so
+    that asking for one uses the native step from the first new token on, and warns once where it cannot run.
     Raises ValueError for an empty or too long prompt, rows of unequal length and ids outside the vocabulary.
     """
     config = config or SamplingConfig()
@@ -111,7 +114,7 @@ def generate(
         fast: NativeStep | None = None
         for step in range(room):
             if step == 1 and batch == 1 and memory is None and not options:
-                fast = _native_step(model, state, prompt_length + room - 1, room, native)
+                fast = _native_step(model, state, prompt_length + room - 1, room, native, precision)
             if fast is not None:
                 logits, weights = fast.step(int(tokens)).unsqueeze(0), None
             else:
@@ -130,13 +133,17 @@ def generate(
 
 
 def _native_step(
-    model: Any, state: Any, max_len: int, new_tokens: int, wanted: bool | None
+    model: Any, state: Any, max_len: int, new_tokens: int, wanted: bool | None, precision: Precision
 ) -> NativeStep | None:
     """A native step that goes on from `state`, or None for the plain one."""
-    if wanted is False or (wanted is None and (new_tokens < NATIVE_FROM or supports(model) is not None)):
+    if wanted is False or (wanted is None and precision == "fp32" and new_tokens < NATIVE_FROM):
+        return None
+    if wanted is None and (problem := supports(model)) is not None:
+        if precision != "fp32":
+            _warn_once(f"decoding with the model's own weights, not in {precision}: {problem}")
         return None
     try:
-        fast = NativeStep(model, max_len=max_len)
+        fast = NativeStep(model, precision, max_len=max_len)
     except BuildError as error:
         if wanted:
             raise

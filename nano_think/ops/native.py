@@ -1,13 +1,15 @@
 """Kernels in C++: built from a source beside their Python file by the system's compiler on first use.
 
 The sources need no torch headers, so each builds in seconds. Libraries are kept in the user's cache folder under
-a name made of source, flags, compiler and processor, so that a new machine or compiler builds its own.
+a name made of source, its own headers, flags, compiler and processor, so that a new machine or compiler builds
+its own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -53,9 +55,8 @@ def build(source: Path, folder: Path) -> Path:
     for flags in ((*FLAGS, "-fopenmp"), FLAGS):  # some compilers come without OpenMP: one thread then
         # The verbose line names compiler version and the processor that -march=native stands for.
         target = _run(compiler, *flags, "-E", "-v", "-x", "c++", os.devnull)
-        key = hash_bytes(
-            source.read_bytes(), " ".join(flags).encode(), (target.stdout + target.stderr).encode()
-        )
+        texts = [part.read_bytes() for part in sources(source)]
+        key = hash_bytes(*texts, " ".join(flags).encode(), (target.stdout + target.stderr).encode())
         path = folder / f"{source.stem}-{key}.so"
         if path.exists():
             return path
@@ -67,6 +68,16 @@ def build(source: Path, folder: Path) -> Path:
                 return path
         errors.append(result.stderr.strip())
     raise BuildError(f"{compiler} failed: {errors[0][-500:]}")
+
+
+def sources(source: Path) -> list[Path]:
+    """A source file and every file that it includes from beside it by `#include "..."`, directly or not."""
+    found, new = [source], [source]
+    while new:
+        names = re.findall(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', new.pop().read_text(), re.MULTILINE)
+        new += [source.with_name(name) for name in names if source.with_name(name) not in found + new]
+        found += [path for path in new if path not in found]
+    return found
 
 
 def threads() -> int:

@@ -273,6 +273,29 @@ def test_generate_chooses_by_the_number_of_tokens(model, monkeypatch: pytest.Mon
     assert len(made) == 1
 
 
+@needs_compiler
+def test_generate_in_another_precision(model) -> None:
+    plain = round_matrices(model(), to_bf16)
+    step = NativeStep(plain, "bf16", max_len=20)
+    tokens = [int(step.prefill([1, 2, 3]).argmax())]
+    for _ in range(4):
+        tokens.append(int(step.step(tokens[-1]).argmax()))
+    result = generate(plain, [[1, 2, 3]], 5, GREEDY, precision="bf16")
+    assert result.tokens == [tokens]
+    exact = generate(plain, [[1, 2, 3]], 5, GREEDY)
+    assert result.logprobs != exact.logprobs
+    torch.testing.assert_close(torch.tensor(result.logprobs), torch.tensor(exact.logprobs), atol=0.02, rtol=0)
+
+
+def test_a_precision_that_cannot_be_had_is_named(model) -> None:
+    biased = model()
+    biased.expert.blocks[1].ffn.up_proj = nn.Linear(WIDTH, 40)
+    generation._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="not in int8: .*bias"):
+        result = generate(biased, [[1, 2]], 3, GREEDY, precision="int8")
+    assert result.tokens == generate(biased, [[1, 2]], 3, GREEDY, native=False).tokens
+
+
 def test_without_a_compiler_the_plain_step_runs_with_one_warning(
     model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,18 @@ def test_other_source_gets_another_name(tmp_path: Path) -> None:
     assert build(copy, tmp_path) != first
 
 
+def test_a_changed_header_gets_another_name(tmp_path: Path) -> None:
+    (tmp_path / "deep.h").write_text("inline int number() { return 1; }\n")
+    (tmp_path / "near.h").write_text('#include "deep.h"\n#include <cmath>\n')
+    source = tmp_path / "source.cpp"
+    source.write_text('#include "near.h"\nextern "C" int answer() { return number(); }\n')
+    assert {path.name for path in native.sources(source)} == {"source.cpp", "near.h", "deep.h"}
+    first = build(source, tmp_path / "cache")
+    (tmp_path / "deep.h").write_text("inline int number() { return 2; }\n")
+    second = build(source, tmp_path / "cache")
+    assert [ctypes.CDLL(str(path)).answer() for path in (first, second)] == [1, 2]
+
+
 def test_a_build_failure_names_the_error(tmp_path: Path) -> None:
     broken = tmp_path / "broken.cpp"
     broken.write_text("this is no C++;\n")
