@@ -74,10 +74,21 @@ class Run:
         self.artifacts = self.root / "artifacts"
         self.used: dict[str, str] = {}
         self.sweeping = False
+        self.manifest: dict[str, Any] = {}
 
     def say(self, message: str) -> None:
         """One line on the terminal."""
         self.console.print(message, highlight=False, soft_wrap=True)
+
+    def record(self, **values: Any) -> None:
+        """Put values into the manifest of the run and write it: what is known survives whatever happens next."""
+        self.manifest |= values
+        write_json(self.dir / "manifest.json", self.manifest)
+
+    def record_fit(self, label: str, **values: Any) -> None:
+        """The same for one of its fits: what was chosen for it and what it took."""
+        fits = self.manifest.get("fits", {})
+        self.record(fits={**fits, label: {**fits.get(label, {}), **values}})
 
     def plain(self, node: Any) -> Any:
         """A config node as plain, resolved values."""
@@ -99,7 +110,9 @@ class Run:
             OmegaConf.set_struct(cfg, False)
             cfg.expert.name, cfg.expert.names = expert, [expert]
         cfg.run.root = str(self.root)
-        return Run(cfg, kept, self.dir, self.console)
+        run = Run(cfg, kept, self.dir, self.console)
+        run.manifest = self.manifest
+        return run
 
     def command(self, **choices: Any) -> str:
         """The command line that makes, for a phase, exactly what this run would make or need."""
@@ -195,18 +208,15 @@ def run_phase(cfg: DictConfig) -> float | None:
     run.sweeping = job.mode == RunMode.MULTIRUN
     run.dir.mkdir(parents=True, exist_ok=True)
     atomic_write(run.dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    manifest = {"command": ["train.py", *run.overrides], "seed": cfg.seed, **versions(), "status": "running"}
-    write_json(run.dir / "manifest.json", manifest)
+    run.record(command=["train.py", *run.overrides], seed=cfg.seed, **versions(), status="running")
     module, _, name = cfg.phase.run.rpartition(".")
     try:
         result = getattr(import_module(module), name)(run)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        manifest |= {"status": status, "error": str(error), "artifacts": run.used}
-        write_json(run.dir / "manifest.json", manifest)
+        run.record(status=status, error=str(error), artifacts=run.used)
         raise
-    manifest |= {"status": "done", "artifacts": run.used, "result": result}
-    write_json(run.dir / "manifest.json", manifest)
+    run.record(status="done", artifacts=run.used, result=result)
     run.say(f"[dim]run folder: {run.dir}[/dim]")
     return result.get("objective")
 

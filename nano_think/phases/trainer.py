@@ -22,6 +22,7 @@ from nano_think.callbacks.selection import ValidationSelection
 from nano_think.callbacks.step_seed import StepSeed
 from nano_think.data.module import TokenDataModule
 from nano_think.optim.schedule import capped_warmup
+from nano_think.phases.choices import Choices
 from nano_think.phases.fit import Fit
 from nano_think.tasks.base import FitTask
 
@@ -57,7 +58,8 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
     # patience counts epochs, the callback validations
     patience = math.ceil(fit.training["patience"] * max(1.0, per_epoch / interval))
     selection = ValidationSelection(patience, capped_warmup(fit.training["warmup_steps"], max_steps))
-    trainer = _trainer(fit, task, selection, max_steps, interval, per_epoch, work)
+    choices = made_choices(fit, work)
+    trainer = _trainer(fit, task, selection, max_steps, interval, per_epoch, work, choices["precision"])
     newest = _newest(work) if fit.run.cfg.resume == "auto" else None
     with warnings.catch_warnings():
         for message in EXPECTED_WARNINGS:
@@ -72,7 +74,18 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
             # Lightning's answer to Ctrl+C: it exits the process and leaves it deaf to another one
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from error
-    return _result(fit, trainer, selection, per_epoch)
+    return {**_result(fit, trainer, selection, per_epoch), "choices": choices}
+
+
+def made_choices(fit: Fit, work: Path) -> dict[str, Any]:
+    """Everything that is chosen by the machine and not by the user, by name; also in the manifest of the run.
+
+    A choice is made at the first start and reused by one that resumes, see `phases.choices`.
+    """
+    choices = Choices(work, reuse=fit.run.cfg.resume == "auto")
+    choices.choose("precision", lambda: resolve_precision(fit.run.cfg.precision))
+    fit.run.record_fit(fit.label, choices=choices.made)
+    return dict(choices.made)
 
 
 def _interval(fit: Fit, max_steps: int, per_epoch: int) -> int:
@@ -90,6 +103,7 @@ def _trainer(
     interval: int,
     per_epoch: int,
     work: Path,
+    precision: str,
 ) -> L.Trainer:
     folder = fit.run.dir / "tensorboard" / fit.label
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +130,7 @@ def _trainer(
         val_check_interval=interval * fit.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        precision=resolve_precision(fit.run.cfg.precision),
+        precision=precision,
         default_root_dir=str(folder),
         enable_progress_bar=False,
     )

@@ -110,6 +110,25 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(stage, built, interrupt, 
     _equal(_weights(resumed), _weights(path))
 
 
+def test_a_resumed_fit_keeps_what_was_chosen_for_it(project, interrupt, monkeypatch):
+    """Chosen at the first start, in the manifest of both runs and in the provenance; the artefact is the same."""
+    settings = ("phase=expert", "expert=transformer", "trainer.max_steps=4")
+    monkeypatch.setattr(trainer, "resolve_precision", lambda name: "bf16-mixed")
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        project.phase(*settings)
+    monkeypatch.setattr(trainer, "resolve_precision", lambda name: "32-true")
+    interrupt(None)
+    resumed = project.phase(*settings)
+    for folder in (project.root / "runs" / "1", resumed):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["fits"]["transformer"]["choices"]["precision"] == "bf16-mixed"
+    run = project.new(*settings)
+    maker = expert_maker(run, "transformer")
+    assert maker.recipe.exists(run.artifacts)
+    assert run.result_of(maker.recipe.path(run.artifacts))["choices"]["precision"] == "bf16-mixed"
+
+
 def test_resume_never_starts_anew(project, interrupt, printed):
     settings = ("phase=expert", "expert=transformer", "trainer.max_steps=4", "resume=never")
     interrupt(2)
