@@ -64,6 +64,10 @@ def run(name: str, args: argparse.Namespace, console: Console) -> None:
     """Measure one group, show it and write it down (a quick run only where a folder is named)."""
     options = Options(quick=args.quick, compiled=args.compile)
     group = selected(load_group(name, options), args.only)
+    if not group.cases:
+        for missing in group.missing:
+            console.print(f"{name}: not here: {missing.name}: {missing.why}", markup=False)
+        return
     say = lambda line: console.print(line, style="dim", markup=False)  # noqa: E731
     measured = measure(group, 1 if args.quick else args.rounds, args.quick, say)
     show(measured, console)

@@ -79,6 +79,8 @@ class Group:
 
     title: what is timed and at which size. notes: how FLOPs are counted, what a peer does differently.
     derived: figures computed from the measurement after the rounds, by name; they fill a table of their own.
+    device: where the work is done. On a CPU its seconds are counted, on any other device those of the wall clock,
+    from the moment it has nothing left to do to the next such moment; the peaks are those of the device.
     """
 
     title: str
@@ -86,6 +88,7 @@ class Group:
     missing: Sequence[Missing] = ()
     notes: Sequence[str] = ()
     derived: Mapping[str, Callable[[Measured], float]] = field(default_factory=dict)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]

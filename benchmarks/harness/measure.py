@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from benchmarks.harness.case import Case, GateError, Group, Work
-from benchmarks.harness.peaks import Peaks
+from benchmarks.harness.peaks import Peaks, wait_for
 from benchmarks.harness.statistics import Measured, Round, Sample
 
 LEAST_SECONDS = 0.2  # short work is repeated inside a round until it takes about this long
@@ -39,25 +39,27 @@ def measure(group: Group, rounds: int, quick: bool = False, say: Say = print) ->
         say(f"set up: {case.name}")
         works[case.name] = case.setup()
         slow = quick or case.max_rounds is not None
-        units[case.name] = 1 if slow else _units(works[case.name])
-    peaks = Peaks(quick)
+        units[case.name] = 1 if slow else _units(works[case.name], group.device)
+    peaks = Peaks(quick, group.device)
     taken = []
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
         turned = [group.cases[(number + i) % len(group.cases)] for i in range(len(group.cases))]
         due = [case for case in turned if _due(case, number)]
         measured_peaks = peaks.measure()
-        samples = {case.name: time_units(works[case.name], units[case.name]) for case in due}
+        samples = {case.name: time_units(works[case.name], units[case.name], group.device) for case in due}
         taken.append(Round(measured_peaks, {c.name: samples[c.name] for c in group.cases if c in due}))
     return Measured(group, taken)
 
 
-def time_units(work: Work, units: int) -> Sample:
+def time_units(work: Work, units: int, device: str = "cpu") -> Sample:
     """CPU and wall time of that many calls; garbage of earlier cases is collected before the clock starts."""
     gc.collect()
+    wait_for(device)
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(units):
         work()
+    wait_for(device)
     return Sample(time.process_time() - cpu, time.perf_counter() - wall, units)
 
 
@@ -65,9 +67,9 @@ def _due(case: Case, number: int) -> bool:
     return case.max_rounds is None or number < case.max_rounds
 
 
-def _units(work: Work) -> int:
+def _units(work: Work, device: str) -> int:
     """How many calls make LEAST_SECONDS, after one call that warms up."""
-    first = time_units(work, 1)
-    if first.cpu >= LEAST_SECONDS:
+    first = time_units(work, 1, device).seconds(device)
+    if first >= LEAST_SECONDS:
         return 1
-    return max(1, round(LEAST_SECONDS / max(time_units(work, 1).cpu, 1e-6)))
+    return max(1, round(LEAST_SECONDS / max(time_units(work, 1, device).seconds(device), 1e-6)))

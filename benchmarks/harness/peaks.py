@@ -1,4 +1,7 @@
-"""What the machine can do at this moment: matrix products and reading memory, per CPU second."""
+"""What the machine can do at this moment: matrix products and reading memory, per CPU second.
+
+On a GPU, per second of the wall clock.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 
 from benchmarks.harness.case import Peak
 
-GEMM_SIZES, QUICK_GEMM_SIZES = (1024, 2048), (256,)
+GEMM_SIZES, GPU_GEMM_SIZES, QUICK_GEMM_SIZES = (1024, 2048), (4096, 8192), (256,)
 READ_MIB, QUICK_READ_MIB = 256, 8
 REPEATS = 3
 
@@ -22,46 +25,55 @@ class Peaks:
     In fp32 both settings of torch's matmul precision are tried, since they choose between two libraries.
     """
 
-    def __init__(self, quick: bool = False) -> None:
+    def __init__(self, quick: bool = False, device: str = "cpu") -> None:
+        self.device = device
         generator = torch.Generator().manual_seed(0)
-        sizes = QUICK_GEMM_SIZES if quick else GEMM_SIZES
-        self.squares = [torch.randn(size, size, generator=generator) for size in sizes]
+        sizes = QUICK_GEMM_SIZES if quick else GEMM_SIZES if device == "cpu" else GPU_GEMM_SIZES
+        self.squares = [torch.randn(size, size, generator=generator).to(device) for size in sizes]
         self.halves = [square.bfloat16() for square in self.squares]
-        self.memory = torch.ones((QUICK_READ_MIB if quick else READ_MIB) * 2**18)
+        self.memory = torch.ones((QUICK_READ_MIB if quick else READ_MIB) * 2**18, device=device)
 
     def measure(self) -> dict[Peak, float]:
         """FLOP per CPU second (`fp32`, `bf16`) and bytes per CPU second (`read`)."""
-        return {"fp32": self._fp32(), "bf16": _gemm(self.halves), "read": self._read()}
+        return {"fp32": self._fp32(), "bf16": self._gemm(self.halves), "read": self._read()}
 
     def _fp32(self) -> float:
         before = torch.get_float32_matmul_precision()
         rates = []
         for precision in ("highest", "medium"):
             torch.set_float32_matmul_precision(precision)
-            rates.append(_gemm(self.squares))
+            rates.append(self._gemm(self.squares))
         torch.set_float32_matmul_precision(before)
         return max(rates)
 
     def _read(self) -> float:
         # the largest value needs every byte and next to no arithmetic
-        return self.memory.numel() * 4 / best_cpu_seconds(self.memory.max)
+        return self.memory.numel() * 4 / best_seconds(self.memory.max, self.device)
+
+    def _gemm(self, squares: list[torch.Tensor]) -> float:
+        rates = []
+        for square in squares:
+            out = torch.empty_like(square)
+            seconds = best_seconds(partial(torch.mm, square, square, out=out), self.device)
+            rates.append(2 * len(square) ** 3 / seconds)
+        return max(rates)
 
 
-def _gemm(squares: list[torch.Tensor]) -> float:
-    rates = []
-    for square in squares:
-        out = torch.empty_like(square)
-        seconds = best_cpu_seconds(partial(torch.mm, square, square, out=out))
-        rates.append(2 * len(square) ** 3 / seconds)
-    return max(rates)
-
-
-def best_cpu_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """The least CPU time of one call, after one that does not count."""
+def best_seconds(work: Callable[[], object], device: str = "cpu", repeats: int = REPEATS) -> float:
+    """The least time of one call after one that does not count: CPU time on a CPU, else the wall clock's."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
     work()
     times = []
     for _ in range(repeats):
-        started = time.process_time()
+        wait_for(device)
+        started = clock()
         work()
-        times.append(time.process_time() - started)
+        wait_for(device)
+        times.append(clock() - started)
     return max(min(times), 1e-9)
+
+
+def wait_for(device: str) -> None:
+    """Until a GPU has done all that it was given; a CPU has when the call returns."""
+    if device != "cpu":
+        torch.accelerator.synchronize()

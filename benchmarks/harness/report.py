@@ -53,9 +53,10 @@ def show(measured: Measured, console: Console | None = None) -> None:
 def main_table(measured: Measured, rows: list[Row]) -> Table:
     """One line a case; peaks of the same run in the title."""
     peaks = ", ".join(f"{name} {measured.peak(name) / 1e9:.0f}" for name in ("fp32", "bf16", "read"))
-    unit = "GFLOP (read: GB) per CPU second"
+    clock = "CPU" if measured.group.device == "cpu" else "wall"
+    unit = f"GFLOP (read: GB) per {clock} second"
     title = f"{measured.group.title}; {len(measured.rounds)} rounds; peaks {peaks} {unit}"
-    headers = ["case", "CPU ms", "tok/CPU s", "quartiles", "tok/s wall", "of peak"]
+    headers = ["case", f"{clock} ms", f"tok/{clock} s", "quartiles", "tok/s wall", "of peak"]
     cells = [
         [r.name, r.milliseconds, r.rate, f"{_short(r.low)} to {_short(r.high)}", r.wall_rate, r.share]
         for r in rows
@@ -118,7 +119,8 @@ def draw(measured: Measured, rows: list[Row], path: Path) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.15)
-    axes.set_xlabel("share of the GEMM or read peak" if as_share else "tokens per CPU second")
+    clock = "CPU second" if measured.group.device == "cpu" else "second"
+    axes.set_xlabel("share of the GEMM or read peak" if as_share else f"tokens per {clock}")
     axes.set_title(measured.group.title, fontsize=10, loc="left", wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

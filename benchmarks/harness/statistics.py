@@ -27,17 +27,16 @@ class Sample:
     wall: float
     units: int
 
-    @property
-    def cpu_a_unit(self) -> float:
-        """CPU seconds of one unit."""
-        return self.cpu / self.units
+    def seconds(self, device: str = "cpu") -> float:
+        """Of one unit: CPU seconds where a CPU did the work, otherwise seconds of the wall clock."""
+        return (self.cpu if device == "cpu" else self.wall) / self.units
 
 
 @dataclass(frozen=True)
 class Round:
     """Peaks and samples that were taken within the same minute.
 
-    peaks: FLOP (`fp32`, `bf16`) or bytes (`read`) per CPU second. samples: by case.
+    peaks: FLOP (`fp32`, `bf16`) or bytes (`read`) per CPU second (GPU: of the wall clock). samples: by case.
     """
 
     peaks: Mapping[Peak, float]
@@ -48,7 +47,7 @@ class Round:
 class Row:
     """A case's medians over the rounds; None where it claims no FLOPs or has no peer in any round.
 
-    rate: tokens per CPU second. wall_rate: tokens per second of wall time, all threads together.
+    rate: tokens per CPU second (GPU: of the wall clock). wall_rate: tokens per second of wall time, all threads.
     low, high: quartiles of `rate`. share: of the peak of the same round. ratios: to each peer.
     """
 
@@ -70,12 +69,12 @@ class Measured:
     rounds: Sequence[Round]
 
     def seconds(self, case: str) -> list[float]:
-        """CPU seconds of one unit of a case, round by round."""
-        return [r.samples[case].cpu_a_unit for r in self.rounds if case in r.samples]
+        """Seconds of one unit of a case, round by round, by the clock of the group's device."""
+        return [self._time(r, case) for r in self.rounds if case in r.samples]
 
     def over_rounds(self, figure: Callable[[Mapping[str, float]], float]) -> float:
-        """Median of a figure that is computed from the CPU seconds a unit of the cases of one round."""
-        return median(figure({name: s.cpu_a_unit for name, s in r.samples.items()}) for r in self.rounds)
+        """Median of a figure that is computed from the seconds a unit of the cases of one round."""
+        return median(figure({name: self._time(r, name) for name in r.samples}) for r in self.rounds)
 
     def rows(self) -> list[Row]:
         """One row a case; raises FlopsError where a share is above 1."""
@@ -85,6 +84,9 @@ class Measured:
         """The group's own figures."""
         return {name: figure(self) for name, figure in self.group.derived.items()}
 
+    def _time(self, taken: Round, case: str) -> float:
+        return taken.samples[case].seconds(self.group.device)
+
     def peak(self, name: Peak) -> float:
         """Median of a peak over the rounds."""
         return median(r.peaks[name] for r in self.rounds)
@@ -92,7 +94,7 @@ class Measured:
     def _row(self, number: int) -> Row:
         case = self.group.cases[number]
         rounds = [r for r in self.rounds if case.name in r.samples]
-        rates = [case.tokens / r.samples[case.name].cpu_a_unit for r in rounds]
+        rates = [case.tokens / self._time(r, case.name) for r in rounds]
         low, high = (quantiles(rates, method="inclusive")[i] for i in (0, 2)) if rates[1:] else rates * 2
         return Row(
             case.name,
@@ -109,7 +111,7 @@ class Measured:
         """Tokens per CPU second over those of the peer, median of the rounds that have both; None without any."""
         tokens = {c.name: c.tokens for c in self.group.cases}
         ratios = [
-            tokens[case] / r.samples[case].cpu_a_unit * r.samples[peer].cpu_a_unit / tokens[peer]
+            tokens[case] / self._time(r, case) * self._time(r, peer) / tokens[peer]
             for r in self.rounds
             if case in r.samples and peer in r.samples
         ]
@@ -118,9 +120,7 @@ class Measured:
     def _share(self, case: str, amount: float, peak: Peak) -> float | None:
         if not amount:
             return None
-        shares = [
-            amount / r.samples[case].cpu_a_unit / r.peaks[peak] for r in self.rounds if case in r.samples
-        ]
+        shares = [amount / self._time(r, case) / r.peaks[peak] for r in self.rounds if case in r.samples]
         share = median(shares)
         if share > 1:
             raise FlopsError(

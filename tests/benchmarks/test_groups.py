@@ -123,6 +123,15 @@ def test_the_command_lists_runs_and_writes(tmp_path: Path, capsys: pytest.Captur
     assert "nano_think bf16" not in (tmp_path / "attention.json").read_text()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and its group would run")
+def test_a_group_that_cannot_run_here_says_why_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["gpu", "--out", str(tmp_path)]) == 0
+    assert "torch finds no CUDA device" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_says_what_does_not_exist() -> None:
     with pytest.raises(SystemExit, match="there is no benchmark group 'nothing'"):
         command.main(["nothing", "--quick"])

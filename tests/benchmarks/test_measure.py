@@ -35,7 +35,7 @@ def quiet(_: str) -> None:
 @pytest.fixture(autouse=True)
 def small_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peaks of the size of a test, whatever a run asks for."""
-    monkeypatch.setattr("benchmarks.harness.measure.Peaks", lambda quick: Peaks(quick=True))
+    monkeypatch.setattr("benchmarks.harness.measure.Peaks", lambda quick, device: Peaks(quick=True))
 
 
 def test_every_case_runs_once_a_round_in_a_turning_order() -> None:
@@ -97,7 +97,8 @@ def test_units_are_counted_and_timed() -> None:
     calls: list[int] = []
     sample = time_units(lambda: calls.append(1), 7)
     assert (len(calls), sample.units) == (7, 7)
-    assert sample.cpu_a_unit == sample.cpu / 7
+    assert sample.seconds() == sample.cpu / 7
+    assert sample.seconds("cuda") == sample.wall / 7
 
 
 def test_peaks_are_positive_and_leave_the_precision_alone() -> None:
