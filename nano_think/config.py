@@ -29,7 +29,10 @@ CHOICES = {
     "prerequisites": ("auto", "require"),
     "gates": ("warn", "stop"),
     "audit": ("require", "mark"),
+    "quantize": ("none", "int8", "bf16"),
 }
+# Phases that run a finished model; training knows no coarse weights.
+QUANTIZING = ("eval", "generate")
 # Nodes whose ??? is supplied by the fit.
 SUPPLIED = ("callbacks", "logger")
 # Text that Hydra's grammar must not interpret, and paths that it need not.
@@ -86,6 +89,7 @@ class RunConfig:
     prerequisites: str = "auto"
     gates: str = "warn"
     audit: str = "mark"
+    quantize: str = "none"
     prompt: str | None = None
     prompt_file: str | None = None
     memory: Memory = field(default_factory=Memory)
@@ -104,6 +108,11 @@ def validate(cfg: DictConfig) -> None:
             raise UserError(
                 f"{key}={cfg[key]} is not one of {', '.join(choices)}{_nearest(str(cfg[key]), choices)}"
             )
+    if cfg.quantize != "none" and cfg.phase.name not in QUANTIZING:
+        raise UserError(
+            f"quantize={cfg.quantize} is for finished models, phase={cfg.phase.name} is not one that runs them: "
+            f"use it with phase={' or phase='.join(QUANTIZING)}"
+        )
     if len(cfg.expert.names) < cfg.phase.experts_at_least:
         raise UserError(
             f"phase={cfg.phase.name} mixes experts, expert={cfg.expert.name} is a single one: use expert=all, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,10 +15,12 @@ from nano_think.artifacts.checkpoint import Checkpoint
 from nano_think.artifacts.memory import Memory, fused_hidden, load_memory, save_memory
 from nano_think.chunks import chunk_records
 from nano_think.engine.generate import Generation, generate
+from nano_think.engine.quantized import generate_quantized
 from nano_think.engine.render import TokenPrinter, token_records
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.errors import UserError
 from nano_think.files import write_json
+from nano_think.nn.quantized import Kind
 from nano_think.vector_records import Reader, session_id
 
 
@@ -108,10 +111,12 @@ def continue_text(
     session: Session | None = None,
     stream: TextIO | None = None,
     options: dict[str, Any] | None = None,
+    quantize: Kind | None = None,
 ) -> Continuation:
     """Continue `prompt`, printing to `stream` token by token where one is given.
 
-    A model with memory reads it; with a session the finished sequence is remembered in it.
+    A model with memory reads it; with a session the finished sequence is remembered in it. quantize: how coarsely
+    the weights are kept that write the text; a session remembers what the saved ones make of it.
     Raises UserError for a prompt that is longer than the model's context.
     """
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
@@ -125,11 +130,12 @@ def continue_text(
     printer = TokenPrinter(tokenizer.token_bytes, names, stream) if stream is not None else None
     if printer is not None:
         printer.prompt(prompt)
-    generation = generate(
+    run = generate if quantize is None else partial(generate_quantized, kind=quantize)
+    generation = run(
         model,
-        [tokens],
-        max_new_tokens,
-        config,
+        prompts=[tokens],
+        max_new_tokens=max_new_tokens,
+        config=config,
         eos_id=tokenizer.eos_id,
         banned_ids=(tokenizer.bos_id, tokenizer.pad_id),
         context=context,

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nano_think.errors import UserError
+
 Kind: TypeAlias = Literal["int8", "bf16"]
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -26,10 +28,6 @@ class CoarseMatrix(nn.Module):
     def __init__(self, weight: Tensor, kind: Kind) -> None:
         super().__init__()
         weight = weight.detach().float()
-        if not bool(weight.isfinite().all()):
-            raise ValueError(
-                "a matrix holds values that are not finite: no quantisation of it means anything"
-            )
         self.kind, self.scale = kind, None
         if kind == "bf16":
             self.register_buffer("stored", weight.bfloat16())
@@ -102,8 +100,8 @@ def quantize(model: Network, kind: Kind) -> Network:
     For inference: it goes to eval mode and nothing of it takes gradients. Norms, the router, the step sizes,
     scan parameters and convolutions of a state-space mixer are no linear layers and stay fp32; linear layers
     with a bias belong to the diffuser's noise levels, which are computed once for all tokens, and stay too. A
-    layer that is used in two places is swapped once. Raises ValueError for an unknown kind, and naming the
-    matrix for one with values that are not finite.
+    layer that is used in two places is swapped once. Raises ValueError for an unknown kind, and UserError naming
+    the matrix for one with values that are not finite.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"quantize must be one of {', '.join(get_args(Kind))}, not {kind!r}")
@@ -113,10 +111,13 @@ def quantize(model: Network, kind: Kind) -> Network:
             if child is None:
                 continue
             if child not in swapped and (coarse := _counterpart(child)) is not None:
-                try:
-                    swapped[child] = coarse(child.get_parameter("weight"), kind)
-                except ValueError as error:
-                    raise ValueError(f"{path}.{name}: {error}".lstrip(".")) from error
+                weight = child.get_parameter("weight")
+                if not bool(weight.isfinite().all()):
+                    raise UserError(
+                        f"{path}.{name} holds weights that are not finite, so the model cannot be quantised: "
+                        "use a checkpoint of a fit that did not diverge"
+                    )
+                swapped[child] = coarse(weight, kind)
             if child in swapped:
                 setattr(parent, name, swapped[child])
     return model.eval().requires_grad_(False)

@@ -30,6 +30,8 @@ from nano_think.phases.run import Maker, Run
 
 RESULT = "audit.json"
 BAD = ("fail", "vacuous")
+# What a coarse copy of an audited model is asked again: its layers are others, its cache and memory are not.
+COARSE = ("A1", "A5")
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -71,6 +73,24 @@ def require_or_mark(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
     if run.cfg.audit == "require" and not found["passed"]:
         raise UserError(f"audit=require, but {checkpoint.path}: {found['mark']}")
     return found
+
+
+def marked_quantized(run: Run, found: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `require_or_mark` found of a checkpoint, and whether its coarse twin lets a later token through too.
+
+    `checkpoint` is the quantised one. Raises UserError with audit=require unless both passed.
+    """
+    plan = _plan(checkpoint.model, run.cfg.size.chunk)
+    findings = audit(checkpoint.model, name=checkpoint.name, plan=plan, checks=COARSE).findings
+    wrong = [f"{f.check} {f.verdict}" for f in findings if f.verdict in BAD]
+    if not wrong:
+        return {**found, "mark": f"{found['mark']}; of the quantised model: {', '.join(COARSE)}"}
+    mark = (
+        f"the leak audit of the quantised model did not pass ({', '.join(wrong)}): these losses mean nothing"
+    )
+    if run.cfg.audit == "require":
+        raise UserError(f"audit=require, but {checkpoint.path}: {mark}")
+    return {"passed": False, "mark": mark}
 
 
 def audit_maker(run: Run, checkpoint: Checkpoint | None, checks: Sequence[str] = CHECKS) -> Maker:
@@ -115,7 +135,7 @@ def _audit(
 ) -> Audit:
     """All checks, each told as it is made."""
     chunk = retrieval["chunk"] if retrieval else run.cfg.size.chunk
-    plan = Plan(model.vocab_size, length=3 * chunk + 5, border=chunk)
+    plan = _plan(model, chunk)
     memory = None
     if retrieval and retrieval["k"] and getattr(model.mla.attention, "slots", None) is not None:
         options = {key: value for key, value in retrieval.items() if key != "chunk"}
@@ -126,6 +146,10 @@ def _audit(
 
     twin = twin_of(spec)
     return audit(model, name=name, plan=plan, retriever=memory, twin=twin, checks=checks, on_finding=tell)
+
+
+def _plan(model: Any, chunk: int) -> Plan:
+    return Plan(model.vocab_size, length=3 * chunk + 5, border=chunk)
 
 
 def _inside(checkpoint: Checkpoint) -> str:

@@ -6,6 +6,7 @@ Nothing here trains or writes into a store. Tables go to the screen, to report.m
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from nano_think.evals.ngram import KneserNey
 from nano_think.evals.pools import SharedForward
 from nano_think.evals.report import Report, render_table
 from nano_think.model import ExpertLM
+from nano_think.nn.quantized import Kind, quantize
 from nano_think.ops.layout import Layout
 from nano_think.phases import sections
-from nano_think.phases.audit import require_or_mark
+from nano_think.phases.audit import marked_quantized, require_or_mark
 from nano_think.phases.data import data_module, load_corpus, shards_maker
 from nano_think.phases.generate import model_of
 from nano_think.phases.run import Run
 from nano_think.phases.sections_diffuser import diffuser
+from nano_think.phases.sections_quantized import FULL, quantization
 
 NGRAMS = {"Kneser-Ney bigram": 2, "Kneser-Ney trigram": 3}
 
@@ -38,19 +41,27 @@ class Evaluation:
 
     alone: each expert as it was pre-trained, by name; pool: the fused model of stage 7a, whose experts are
     untouched; both None or empty where the lineage of the checkpoint is not on this machine.
+    quantize: None, or how coarsely all of these are kept; `full` has the checkpoint and each expert, by name, as
+    they were saved.
     """
 
     def __init__(self, run: Run, ckpt: str | None = None) -> None:
         self.run, self.settings = run, run.plain(run.cfg.eval)
-        self.checkpoint = model_of(run, ckpt)
+        self.quantize: Kind | None = None if run.cfg.quantize == "none" else run.cfg.quantize
+        self.full: dict[str, Checkpoint] = {}
+        saved = model_of(run, ckpt)
         shards = shards_maker(run)
         run.obtain(shards)
         self.data = data_module(run, shards, self.settings["batch_size"], train_split="expert_train")
-        require_same_tokenizer(self.checkpoint, self.data.tokenizer_hash)
-        self.audit = require_or_mark(run, self.checkpoint)
+        require_same_tokenizer(saved, self.data.tokenizer_hash)
+        self.audit = require_or_mark(run, saved)
+        self.checkpoint = self._as_asked(saved)
+        if self.quantize:
+            self.audit = marked_quantized(run, self.audit, self.checkpoint)
         self.domains, self.tokenizer = self.data.domains, self.checkpoint.tokenizer
         self.corpus = load_corpus(run, shards.needs["corpus"]).manifest
-        self.report = Report(f"Evaluation of {self.checkpoint.name} on {self.settings['split']}")
+        kept = f", weights in {self.quantize}" if self.quantize else ""
+        self.report = Report(f"Evaluation of {self.checkpoint.name} on {self.settings['split']}{kept}")
         self.figures = run.dir / "figures"
         self.figures.mkdir(parents=True, exist_ok=True)
         self.memory: Memory | None = load_memory(self.checkpoint.path / "memory")
@@ -95,7 +106,14 @@ class Evaluation:
         if kind not in self.lineage:
             return None
         path = self.run.artifacts / kind / self.lineage[kind]
-        return load_checkpoint(path) if path.is_dir() else None
+        return self._as_asked(load_checkpoint(path)) if path.is_dir() else None
+
+    def _as_asked(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with its weights kept as coarsely as the run asks; the saved one stays in `full`."""
+        self.full.setdefault(checkpoint.name, checkpoint)
+        if self.quantize is None:
+            return checkpoint
+        return dataclasses.replace(checkpoint, model=quantize(copy.deepcopy(checkpoint.model), self.quantize))
 
 
 def run(run: Run, ckpt: str | None = None) -> dict[str, Any]:
@@ -108,6 +126,7 @@ def run(run: Run, ckpt: str | None = None) -> dict[str, Any]:
     sections.setting(evaluation)
     losses, weights = _losses(evaluation)
     sections.loss_tables(evaluation, losses)
+    quantization(evaluation, losses)
     if evaluation.fused:
         sections.routing(evaluation, weights)
         sections.knock_outs(evaluation, losses)
@@ -147,9 +166,19 @@ def _losses(evaluation: Evaluation) -> tuple[dict[str, DocumentLosses], list[tor
         count = len(evaluation.pool.model.experts)
         models["uniform average"] = pool.pooled(torch.full((count,), 1.0 / count))
         models["static weights (7a)"] = pool.fused()
+    if evaluation.quantize:
+        models |= {name + FULL: full_nll(evaluation, name) for name in evaluation.full}
     models |= ngram_models(evaluation)
     lengths, domains = evaluation.tokenizer.byte_lengths, len(evaluation.domains)
     return evaluate_models(models, evaluation.batches(), lengths, domains), weights
+
+
+def full_nll(evaluation: Evaluation, name: str) -> NllFunction:
+    """Per-token losses of the checkpoint or an expert as it was saved."""
+    model = evaluation.full[name].model
+    if isinstance(model, ExpertLM):
+        return lone_expert(model)
+    return SharedForward(model, evaluation.memory.slots if evaluation.memory else None).fused()
 
 
 def _noting(shared: SharedForward, weights: list[torch.Tensor]) -> NllFunction:

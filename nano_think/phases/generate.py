@@ -11,6 +11,7 @@ from nano_think.artifacts.memory import mark_of
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.engine.session import Session, continue_text, read_prompt, save_continuations, session_folder
 from nano_think.errors import UserError
+from nano_think.nn.quantized import Kind
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.mla import last_stage, mla_maker
 from nano_think.phases.run import Run
@@ -51,13 +52,16 @@ def run(run: Run) -> dict[str, Any]:
     prompt = read_prompt(run.cfg.prompt, run.cfg.prompt_file, sys.stdin)
     name = run.cfg.memory.session
     folder = None if name is None else session_folder(run.root / "sessions", name)
+    quantize: Kind | None = None if run.cfg.quantize == "none" else run.cfg.quantize
     checkpoint = model_of(run)
     session = None if folder is None else Session(checkpoint, name, folder, reset=run.cfg.memory.reset)
     marked = mark_of(checkpoint)
     if marked:
         run.say(f"[bold]{marked}[/bold]")
     try:
-        made = continue_text(checkpoint, prompt, settings["max_new_tokens"], config, session, sys.stdout)
+        made = continue_text(
+            checkpoint, prompt, settings["max_new_tokens"], config, session, sys.stdout, quantize=quantize
+        )
     except ValueError as error:
         if not marked:
             raise
@@ -68,5 +72,6 @@ def run(run: Run) -> dict[str, Any]:
         run.say(f"[dim]session {session.name}: {session.own_records} records of its own[/dim]")
     path = run.dir / "generation.json"
     save_continuations(path, [made], marked)
-    warning = {"mark": marked} if marked else {}
-    return {"checkpoint": str(checkpoint.path), "json": str(path), "text": made.text, **warning}
+    notes = {"mark": marked} if marked else {}
+    notes |= {"quantize": quantize} if quantize else {}
+    return {"checkpoint": str(checkpoint.path), "json": str(path), "text": made.text, **notes}

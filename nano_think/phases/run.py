@@ -37,7 +37,7 @@ from nano_think.files import atomic_dir, atomic_write, write_json
 
 # What only the phase named on the command line receives; everything else reaches prerequisites too.
 OWN_KEYS = {"phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run"}
-OWN_KEYS |= {"prompt", "prompt_file", "generate", "eval", "memory", "hydra"}
+OWN_KEYS |= {"prompt", "prompt_file", "generate", "eval", "memory", "quantize", "hydra"}
 # Phases whose configuration has the numbers of the fused model.
 WITH_MLA = {"mla", "eval", "audit", "generate", "pipeline"}
 

@@ -44,6 +44,7 @@ def setting(evaluation: Evaluation) -> None:
         ["checkpoint", f"{evaluation.checkpoint.name} ({kind})"],
         ["command", run.command(phase=run.cfg.phase.name, expert=run.cfg.expert.name)],
         ["seed", run.cfg.seed],
+        ["weights", evaluation.quantize or "as saved"],
         ["text", f"{corpus['source']['name']}, corpus {corpus['hash'][:12]}"],
         ["synthetic domains", ", ".join(synthetic) or "none"],
         ["code", f"nano_think {made['nano_think']}, commit {made['commit']}"],
@@ -329,7 +330,7 @@ def samples(evaluation: Evaluation) -> None:
 
 def parameters(evaluation: Evaluation) -> None:
     """Every component as built, beside the plan's estimates."""
-    counted = count_parameters(evaluation.checkpoint.model)
+    counted = count_parameters(evaluation.full[evaluation.checkpoint.name].model)
     evaluation.report.heading("Parameters").table(counted.table())
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nano_think.errors import UserError
 from nano_think.evals.audit.live import live_copy, strengthened
 from nano_think.evals.audit.plan import Plan
 from nano_think.evals.audit.run import audit
@@ -142,7 +143,7 @@ def test_bad_input_is_named(expert_lm) -> None:
     broken = expert_lm("transformer")
     with torch.no_grad():
         broken.expert.blocks[1].ffn.up_proj.weight[0, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"expert\.blocks\.1\.ffn\.up_proj: .* not finite"):
+    with pytest.raises(UserError, match=r"expert\.blocks\.1\.ffn\.up_proj holds weights .* not finite"):
         quantize(broken, "int8")
 
 
