@@ -36,7 +36,7 @@ def test_an_evaluation_of_coarse_weights_says_so_beside_the_saved_ones(built, st
     }
     for name, figures in report["quantization"].items():
         # the diffuser's maps of noise levels, which stay fp32, weigh most where everything else is tiny
-        assert 2 < figures["bytes_full"] / figures["bytes"] < 4
+        assert 1.5 < figures["bytes_full"] / figures["bytes"] < 4
         assert figures["speed"] > 0 < figures["speed_full"]
         assert abs(figures["perplexity_lost"]) < 0.1  # of a network this small, six steps old
         ratio = figures["perplexity"] / figures["perplexity_full"] - 1
