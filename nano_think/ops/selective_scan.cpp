@@ -19,14 +19,10 @@
 // n, channels). `channels` is a multiple of 16.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
-#if defined(__SSE__)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 // What both passes read. Steps are the distances between two positions, in elements; rows follow one another.
 struct Problem {
@@ -44,114 +40,9 @@ struct Gradients {
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 constexpr int64_t kChunk = 16;   // positions between two kept states
-constexpr int64_t kGroup = 128;  // channels one thread works on at a time
+constexpr int64_t kGroup = 192;  // channels one thread works on at a time
 constexpr int64_t kTile = 4;     // states in registers; n is rounded up to a multiple with states that stay zero
-constexpr float kLn2 = 0.693147180559945f, kLog2e = 1.44269504088896f;
-
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-
-struct bf16 {
-  uint16_t bits;
-};
-
-template <class To, class From>
-inline To bits_of(From from) {
-  To to;
-  static_assert(sizeof to == sizeof from, "same size");
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline Vec load(const bf16* p) {
-  Halves halves;
-  std::memcpy(&halves, p, sizeof halves);
-  return bits_of<Vec>(__builtin_convertvector(halves, Words) << 16);
-}
-
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-
-inline void store(bf16* p, Vec v) {  // to nearest, ties to even
-  Words words = bits_of<Words>(v);
-  words = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;
-  words = v != v ? Words{} + 0x7fc0u : words;
-  const Halves halves = __builtin_convertvector(words, Halves);
-  std::memcpy(p, &halves, sizeof halves);
-}
-
-inline float scalar(float value) { return value; }
-inline float scalar(bf16 value) { return bits_of<float>(uint32_t(value.bits) << 16); }
-
-inline float sum(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float parts[kLanes];
-  std::memcpy(parts, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-  return parts[0];
-#endif
-}
-
-// 2^z with a relative error below 2e-7, exactly 1 at 0; results below the smallest normal number may be zero,
-// NaN stays NaN. The distance to the next integer goes through a minimax polynomial of relative error 2e-9.
-inline Vec exp2_(Vec z) {
-#if defined(__AVX512DQ__)
-  const Vec r = (Vec)_mm512_reduce_ps((__m512)z, 8);  // z - nearest integer
-#else
-  z = z < -126.0f ? Vec{} - 127.0f : z;
-  z = z > 127.0f ? Vec{} + 127.0f : z;
-  const Vec shifted = z + 12582912.0f;  // 1.5 * 2^23: leaves the nearest integer in the low bits
-  const Vec r = z - (shifted - 12582912.0f);
-#endif
-  Vec p = r * 1.53533620e-4f + 1.33988747e-3f;
-  p = p * r + 9.61843736e-3f;
-  p = p * r + 5.55033247e-2f;
-  p = p * r + 2.40226479e-1f;
-  p = p * r + 6.93147203e-1f;
-  p = p * r + 1.0f;
-#if defined(__AVX512DQ__)
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)(z - r));
-#else
-  return p * bits_of<Vec>((bits_of<Words>(shifted) << 23) + 0x3f800000u);  // the exponent of -127 is that of 0
-#endif
-}
-
-inline Vec sigmoid(Vec v) { return 1.0f / (1.0f + exp2_(v * -kLog2e)); }
-
-// log(1 + exp(v)) and its derivative, both to a few units in the last place and exactly 0 at -infinity.
-// log(1 + e) = 2 atanh(q) with q = e / (2 + e) <= 1/3 loses nothing where e is small.
-inline Vec softplus(Vec v, Vec* slope) {
-  Vec below = v < 0.0f ? v : -v;
-  below = below < -120.0f ? Vec{} - 120.0f : below;
-  const Vec e = exp2_(below * kLog2e), q = e / (2.0f + e), s = q * q;
-  Vec p = s * (1.0f / 17) + 1.0f / 15;
-  p = p * s + 1.0f / 13;
-  p = p * s + 1.0f / 11;
-  p = p * s + 1.0f / 9;
-  p = p * s + 1.0f / 7;
-  p = p * s + 1.0f / 5;
-  p = p * s + 1.0f / 3;
-  p = p * s + 1.0f;
-  *slope = (v < 0.0f ? e : Vec{} + 1.0f) / (1.0f + e);
-  return (v < 0.0f ? Vec{} : v) + 2.0f * q * p;
-}
 
 // Decays far below 1e-30 times small gradients are subnormal numbers, which some processors compute a hundred
 // times slower. Results that small are rounded to zero here.
@@ -175,6 +66,15 @@ struct Span {
   int64_t at, size;
 };
 
+// One line of each row of an array, to be fetched while something else is computed. A block takes one line of many
+// rows, which no processor foresees, and whose addresses fall on few sets of the first cache.
+struct Lines {
+  const void* first;
+  int64_t step;  // bytes
+
+  void fetch(int64_t k) const { __builtin_prefetch(static_cast<const char*>(first) + k * step); }
+};
+
 // One thread's work, a group of channels of one row, and its buffers. The layout (tile, position, state of the
 // tile) keeps what one pass over a tile reads together.
 template <class T>
@@ -183,9 +83,9 @@ struct Worker {
   const int64_t row, first, blocks, tiles, states, chunks;
   const FlushSubnormals guard;
   std::vector<Vec> rates, carried;  // (block, state)
-  std::vector<float> B, C;          // (tile, position, state)
-  // Of one block of channels and one chunk: inputs, step sizes, their slopes, s x, outputs before the gate.
-  Vec x[kChunk], s[kChunk], slope[kChunk], drive[kChunk], y[kChunk];
+  std::vector<float> B, C;          // (position, state)
+  // Of one block of channels and one chunk: inputs, step sizes, their slopes, s x, gates, outputs before the gate.
+  Vec x[kChunk], s[kChunk], slope[kChunk], drive[kChunk], z[kChunk], y[kChunk];
   bool start[kChunk];
 
   Worker(const Problem& p, int64_t row, int64_t group, const float* state)
@@ -212,9 +112,8 @@ struct Worker {
       const T* B_t = static_cast<const T*>(p.B) + (span.at + k) * p.B_step;
       const T* C_t = static_cast<const T*>(p.C) + (span.at + k) * p.C_step;
       for (int64_t i = 0; i < p.n; ++i) {
-        const int64_t to = ((i / kTile) * kChunk + k) * kTile + i % kTile;
-        B[to] = scalar(B_t[i]);
-        C[to] = scalar(C_t[i]);
+        B[k * states + i] = scalar(B_t[i]);
+        C[k * states + i] = scalar(C_t[i]);
       }
       start[k] = p.starts && p.starts[span.at + k];
     }
@@ -229,12 +128,25 @@ struct Worker {
       slope[k] = Vec{} + 1.0f;
       if (p.dt_bias) s[k] = softplus(s[k] + bias, &slope[k]);
       drive[k] = s[k] * x[k];
+      if (p.z) z[k] = load(static_cast<const T*>(p.z) + (span.at + k) * p.z_step + channel);
       y[k] = skip * x[k];
     }
   }
 
-  Vec gate(Span span, int64_t k, int64_t channel) const {
-    return load(static_cast<const T*>(p.z) + (span.at + k) * p.z_step + channel);
+  // What to ask for while a tile is computed: one line of each row of one array.
+  Lines lines(Span span, int64_t channel, const void* array, int64_t step) const {
+    if (!array) return {nullptr, 0};
+    return {static_cast<const T*>(array) + span.at * step + channel, step * int64_t(sizeof(T))};
+  }
+
+  Lines input_lines(Span span, int64_t block, int64_t which) const {
+    if (block >= blocks) return {nullptr, 0};
+    switch (which) {
+      case 0: return lines(span, channel(block), p.x, p.x_step);
+      case 1: return lines(span, channel(block), p.dt, p.dt_step);
+      case 2: return lines(span, channel(block), p.z, p.z_step);
+    }
+    return {nullptr, 0};
   }
 
   void write(float* to, const Vec* from) const {  // (batch, n, channels)
@@ -258,24 +170,26 @@ struct Forward : Worker<T> {
         if (borders)
           for (int64_t i = 0; i < p.n; ++i) store(this->border(borders, chunk, block) + i * p.channels, h[i]);
         this->open_block(span, channel);
-        for (int64_t tile = 0; tile < this->tiles; ++tile) scan_tile(span.size, block, tile);
+        for (int64_t tile = 0; tile < this->tiles; ++tile)
+          scan_tile(span.size, block, tile, this->input_lines(span, block + 1, tile));
         for (int64_t k = 0; k < span.size; ++k) {
-          const Vec z = p.z ? this->gate(span, k, channel) : Vec{};
-          store(out + (span.at + k) * p.channels + channel, p.z ? this->y[k] * z * sigmoid(z) : this->y[k]);
+          const Vec z = this->z[k], y = this->y[k];
+          store(out + (span.at + k) * p.channels + channel, p.z ? y * z * sigmoid(z) : y);
         }
       }
     }
     this->write(last, this->carried.data());
   }
 
-  void scan_tile(int64_t size, int64_t block, int64_t tile) {
+  void scan_tile(int64_t size, int64_t block, int64_t tile, Lines next) {
     Vec h[kTile], rate[kTile];
     Vec* kept = &this->carried[block * this->states + tile * kTile];
     for (int i = 0; i < kTile; ++i) h[i] = kept[i];
     for (int i = 0; i < kTile; ++i) rate[i] = this->rates[block * this->states + tile * kTile + i];
-    const float *B = &this->B[tile * kChunk * kTile], *C = &this->C[tile * kChunk * kTile];
-    for (int64_t k = 0; k < size; ++k, B += kTile, C += kTile) {
+    const float *B = &this->B[tile * kTile], *C = &this->C[tile * kTile];
+    for (int64_t k = 0; k < size; ++k, B += this->states, C += this->states) {
       const Vec s = this->s[k], drive = this->drive[k];
+      next.fetch(k);
       if (this->start[k])
         for (int i = 0; i < kTile; ++i) h[i] = Vec{};
       Vec out = this->y[k];
@@ -294,7 +208,7 @@ template <class T>
 struct Backward : Worker<T> {
   std::vector<Vec> dA, dB, dC, dD, dbias;                     // dA as rates; dB, dC as B, C; one vector a block
   Vec decay[kChunk * kTile], remembered[kChunk * kTile];      // of one tile: decay and decay h[t-1]
-  Vec dy[kChunk], through_drive[kChunk], through_decay[kChunk];
+  Vec dy[kChunk], dgate[kChunk], through_drive[kChunk], through_decay[kChunk];
 
   Backward(const Problem& p, int64_t row, int64_t group, const float* dlast)
       : Worker<T>(p, row, group, dlast), dA(this->rates.size()), dB(this->B.size()), dC(this->C.size()),
@@ -310,18 +224,14 @@ struct Backward : Worker<T> {
         this->open_block(span, this->channel(block));
         open_gradients(span, this->channel(block), dout);
         for (int64_t tile = 0; tile < this->tiles; ++tile) {
-          rebuild_tile(span.size, block, tile, this->border(borders, chunk, block));
-          reverse_tile(span.size, block, tile);
+          rebuild_tile(span.size, block, tile, this->border(borders, chunk, block),
+                       this->input_lines(span, block + 1, tile));
+          reverse_tile(span.size, block, tile, output_lines(span, block, tile, dout, out));
         }
-        close_gradients(span, block, dout, out);
+        close_gradients(span, block, out);
       }
-      for (int64_t k = 0; k < span.size; ++k)
-        for (int64_t i = 0; i < p.n; ++i) {
-          const int64_t from = ((i / kTile) * kChunk + k) * kTile + i % kTile;
-          const int64_t to = (group * p.batch * p.length + span.at + k) * p.n + i;
-          out.B[to] = sum(dB[from]);
-          out.C[to] = sum(dC[from]);
-        }
+      write_sums(span, dB, out.B + group * p.batch * p.length * p.n);
+      write_sums(span, dC, out.C + group * p.batch * p.length * p.n);
     }
     this->write(out.A, dA.data());
     this->write(out.state, this->carried.data());
@@ -331,26 +241,45 @@ struct Backward : Worker<T> {
     }
   }
 
+  // Sums over the channels of the group, to (batch, length, n).
+  void write_sums(Span span, const std::vector<Vec>& from, float* to) const {
+    for (int64_t k = 0; k < span.size; ++k)
+      for (int64_t i = 0; i < this->p.n; ++i)
+        to[(span.at + k) * this->p.n + i] = sum(from[((i / kTile) * kChunk + k) * kTile + i % kTile]);
+  }
+
   void open_gradients(Span span, int64_t channel, const T* dout) {
     for (int64_t k = 0; k < span.size; ++k) {
       dy[k] = load(dout + (span.at + k) * this->p.channels + channel);
       if (this->p.z) {
-        const Vec z = this->gate(span, k, channel);
-        dy[k] *= z * sigmoid(z);
+        const Vec z = this->z[k], gate = sigmoid(z);
+        dgate[k] = dy[k] * gate * (1.0f + z * (1.0f - gate));
+        dy[k] *= z * gate;
       }
       through_drive[k] = through_decay[k] = Vec{};
     }
   }
 
-  void rebuild_tile(int64_t size, int64_t block, int64_t tile, const float* border) {
+  Lines output_lines(Span span, int64_t block, int64_t which, const T* dout, const Gradients& out) const {
+    switch (which) {
+      case 0: return this->lines(span, this->channel(block + 1), dout, this->p.channels);
+      case 1: return this->lines(span, this->channel(block), out.x, this->p.channels);
+      case 2: return this->lines(span, this->channel(block), out.dt, this->p.channels);
+      case 3: return this->lines(span, this->channel(block), out.z, this->p.channels);
+    }
+    return {nullptr, 0};
+  }
+
+  void rebuild_tile(int64_t size, int64_t block, int64_t tile, const float* border, Lines next) {
     Vec h[kTile], rate[kTile];
     for (int i = 0; i < kTile; ++i)
       h[i] = tile * kTile + i < this->p.n ? load(border + (tile * kTile + i) * this->p.channels) : Vec{};
     for (int i = 0; i < kTile; ++i) rate[i] = this->rates[block * this->states + tile * kTile + i];
     const int64_t base = tile * kChunk * kTile;
     for (int64_t k = 0; k < size; ++k) {
-      const float *B = &this->B[base + k * kTile], *C = &this->C[base + k * kTile];
+      const float *B = &this->B[k * this->states + tile * kTile], *C = &this->C[k * this->states + tile * kTile];
       const Vec s = this->s[k], drive = this->drive[k], dy_t = dy[k];
+      next.fetch(k);
       const bool start = this->start[k];
       Vec *to_decay = &decay[k * kTile], *to_remembered = &remembered[k * kTile], *dC_t = &dC[base + k * kTile];
       if (start)
@@ -370,7 +299,7 @@ struct Backward : Worker<T> {
     }
   }
 
-  void reverse_tile(int64_t size, int64_t block, int64_t tile) {
+  void reverse_tile(int64_t size, int64_t block, int64_t tile, Lines next) {
     const int64_t base = tile * kChunk * kTile, offset = block * this->states + tile * kTile;
     Vec g[kTile], rate[kTile], dA_t[kTile];
     for (int i = 0; i < kTile; ++i) {
@@ -379,8 +308,9 @@ struct Backward : Worker<T> {
       dA_t[i] = dA[offset + i];
     }
     for (int64_t k = size - 1; k >= 0; --k) {
-      const float *B = &this->B[base + k * kTile], *C = &this->C[base + k * kTile];
+      const float *B = &this->B[k * this->states + tile * kTile], *C = &this->C[k * this->states + tile * kTile];
       const Vec s = this->s[k], drive = this->drive[k], dy_t = dy[k];
+      next.fetch(k);
       Vec *dB_t = &dB[base + k * kTile], drive_sum = through_drive[k], decay_sum = through_decay[k];
       for (int i = 0; i < kTile; ++i) {
         const Vec grad = g[i] + dy_t * C[i], change = grad * remembered[k * kTile + i];
@@ -399,7 +329,7 @@ struct Backward : Worker<T> {
     }
   }
 
-  void close_gradients(Span span, int64_t block, const T* dout, const Gradients& out) {
+  void close_gradients(Span span, int64_t block, const Gradients& out) {
     const auto& p = this->p;
     const int64_t channel = this->channel(block);
     const Vec skip = load(p.D + channel);
@@ -411,10 +341,7 @@ struct Backward : Worker<T> {
       store(static_cast<T*>(out.dt) + to, ds);
       dD[block] += dy[k] * x;
       dbias[block] += ds;
-      if (p.z) {
-        const Vec z = this->gate(span, k, channel), gate = sigmoid(z);
-        store(static_cast<T*>(out.z) + to, load(dout + to) * this->y[k] * gate * (1.0f + z * (1.0f - gate)));
-      }
+      if (p.z) store(static_cast<T*>(out.z) + to, dgate[k] * this->y[k]);
     }
   }
 };
