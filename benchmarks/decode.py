@@ -1,4 +1,4 @@
-"""Decoding one row: the native step, our plain PyTorch step and Hugging Face Llama's `generate`.
+"""Decoding one row: the native step, our plain PyTorch step, llama.cpp and Hugging Face Llama.
 
 One unit is NEW greedy tokens after a prompt that was read before the clock started. `generate` cases read the
 prompt too, and ours packs its weights within the clock.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Group, Measured, Missing, Options, close
 from benchmarks.harness.case import installed
+from benchmarks.peers import llama_cpp_models as llama_cpp
 from benchmarks.peers.language_models import Size, llama, ours
 from nano_think.engine.generate import generate
 from nano_think.engine.native_step import NativeStep, Precision
@@ -27,11 +28,20 @@ from nano_think.ops.native import BuildError, find_compiler
 
 # Largest difference of a logit from the plain fp32 step, as a share of the largest logit.
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2, "int8": 6e-2}
+# The same weights of llama.cpp, whose cache is f16 in all types.
+LLAMA_TOLERANCES: dict[llama_cpp.Kind, float] = {"fp32": 2e-3, "f16": 2e-3, "bf16": 3e-2, "q8_0": 3e-2}
+# What each precision of ours is held against.
+LLAMA_RIVALS: dict[Precision, tuple[llama_cpp.Kind, ...]] = {
+    "fp32": ("fp32",),
+    "bf16": ("bf16", "f16"),
+    "int8": ("q8_0",),
+}
 HF_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 READ = "read the fp32 weights"
 LONG = 4096  # context of the state-space cases, against the prompt's
 NOTES = (
     "The share of the reading speed counts the weights alone; keys and values come on top.",
+    "llama.cpp: without flash attention, which is the faster here; its cache of keys and values is f16.",
     "Beside coarse weights keys and values are bf16. Hugging Face bf16 rounds activations too.",
 )
 
@@ -51,7 +61,7 @@ class Job:
 
 def group(options: Options) -> Group:
     """Native precisions and both plain steps; whole generations; the state-space expert at two contexts."""
-    job = Job(Size(num_layers=1, d_model=32, num_heads=2, ffn_dim=48, vocab_size=64, length=64), 8, 8) \
+    job = Job(Size(num_layers=1, d_model=32, num_heads=2, ffn_dim=64, vocab_size=64, length=64), 8, 8) \
         if options.quick else Job(Size())  # fmt: skip
     cases, missing = [_case(job, "plain fp32", plain_step)], []
     rivals: tuple[str, ...] = ("plain fp32",)
@@ -64,12 +74,14 @@ def group(options: Options) -> Group:
         rivals += tuple(f"HF {name}" for name in HF_TYPES)
     else:
         missing += [Missing(f"HF {name}", "pip install transformers") for name in HF_TYPES]
+    llamas = llama_cases(job)
+    cases, missing = cases + llamas, missing + ([] if llamas else [Missing("llama.cpp", llama_cpp.HOW)])
     try:
         find_compiler()
     except BuildError as error:
         return Group(_title(job), cases, [*missing, Missing("native", str(error))], NOTES)
     cases.append(_case(job, READ, reading))
-    cases += [_native_case(job, precision, rivals) for precision in get_args(Precision)]
+    cases += [_native_case(job, precision, rivals, bool(llamas)) for precision in get_args(Precision)]
     whole = ("HF generate fp32",) if installed("transformers") else ()
     cases.append(_case(job, "nano_think generate", our_generate, peers=whole))
     contexts = (job.prompt, 2 * job.prompt if options.quick else LONG)
@@ -107,12 +119,28 @@ def _case(job: Job, name: str, setup: Callable[[Job], Any], **more: Any) -> Case
     return Case(name, setup=partial(setup, job), tokens=job.new, **more)
 
 
-def _native_case(job: Job, precision: Precision, rivals: tuple[str, ...]) -> Case:
+def llama_cases(job: Job) -> list[Case]:
+    """One a type; none where the library is not there."""
+    if not llama_cpp.available():
+        return []
+    return [
+        _case(
+            job,
+            f"llama.cpp {kind}",
+            partial(llama_step, kind=kind),
+            check=partial(same_llama, job, kind, tolerance),
+        )
+        for kind, tolerance in LLAMA_TOLERANCES.items()
+    ]
+
+
+def _native_case(job: Job, precision: Precision, rivals: tuple[str, ...], with_llama: bool) -> Case:
+    theirs = tuple(f"llama.cpp {kind}" for kind in LLAMA_RIVALS[precision] if with_llama)
     return _case(
         job,
         f"native {precision}",
         partial(native, precision=precision),
-        peers=rivals,
+        peers=(*rivals, *theirs),
         check=partial(same_logits, job, precision),
     )
 
@@ -192,6 +220,20 @@ def _last(model: ExpertLM, tokens: Tensor, state: Any) -> Tensor:
     return logits[:, -1:].argmax(dim=-1)
 
 
+def llama_step(job: Job, kind: llama_cpp.Kind) -> Callable[[], object]:
+    """As `native`, from the prompt's end."""
+    model = llama_cpp.LlamaCpp(job.size, kind, rows=1, length=job.prompt + job.new)
+    first = model.prefill(job.tokens()).argmax(dim=-1).tolist()
+
+    def work() -> None:
+        tokens = first
+        model.forget(job.prompt)
+        for position in range(job.prompt, job.prompt + job.new):
+            tokens = model.step(tokens, position).argmax(dim=-1).tolist()
+
+    return work
+
+
 def hugging_face(job: Job, dtype: torch.dtype) -> Callable[[], object]:
     """`generate` with a cache that holds all of the prompt but its last token."""
     from transformers import DynamicCache
@@ -246,3 +288,16 @@ def same_network(job: Job) -> None:
     want = _model(job)(job.tokens()).logits
     assert want is not None
     close("a logit of Hugging Face's model", network(job.tokens()).logits[0, -1], want[0, -1], 1e-4)
+
+
+@torch.no_grad()
+def same_llama(job: Job, kind: llama_cpp.Kind, tolerance: float) -> None:
+    """llama.cpp's logits after the prompt and after four more tokens are ours."""
+    tokens = job.size.draw(1, job.prompt + 4)[0]
+    model = llama_cpp.LlamaCpp(job.size, kind, rows=1, length=job.prompt + 4)
+    want = _model(job)(tokens).logits
+    assert want is not None
+    got = model.prefill(tokens[:, : job.prompt])
+    for position in range(job.prompt, job.prompt + 4):
+        close(f"a logit of llama.cpp in {kind}", got, want[:, position - 1], tolerance)
+        got = model.step(tokens[:, position].tolist(), position)

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from nano_think.engine.generate import Generation, generate
+from nano_think.engine.native_step import supports
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.nn.quantized import Kind, quantize
+from nano_think.ops.native import BuildError, find_compiler
 
 
 def generate_quantized(
@@ -21,8 +23,22 @@ def generate_quantized(
     config: SamplingConfig | None = None,
     **options: Any,
 ) -> Generation:
-    """`generate` by a copy of the model whose matrices are kept in `kind`; the model itself stays as it is.
+    """`generate` with the matrices kept in `kind`; the model itself stays as it is.
 
+    One row without memory goes by the native step where it knows the model: it then reads the prompt with the
+    weights as they are. Everything else goes by a copy with coarse layers.
     options: of `generate`. Raises UserError for weights that cannot be quantised.
     """
+    if len(prompts) == 1 and _native_can(model, options):
+        return generate(model, prompts, max_new_tokens, config, native=True, precision=kind, **options)
     return generate(quantize(copy.deepcopy(model), kind), prompts, max_new_tokens, config, **options)
+
+
+def _native_can(model: Any, options: dict[str, Any]) -> bool:
+    if options.get("memory") is not None or options.get("options"):
+        return False
+    try:
+        find_compiler()
+    except BuildError:
+        return False
+    return supports(model) is None
