@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +24,7 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in _SEQUENCES),
         *((f"{name}_step", _SIZE) for name in _SEQUENCES),
-        *((name, _POINTER) for name in ("decay_rate", "D", "dt_bias", "starts")),
+        *((name, _POINTER) for name in ("A", "D", "dt_bias", "starts")),
         *((name, _SIZE) for name in ("batch", "length", "channels", "n")),
     ]
 
@@ -60,9 +59,9 @@ class CppScan:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         batch, length, channels = inputs.x.shape
         packed = _pack(inputs)
-        state = _pad(state.transpose(1, 2), channels).contiguous()
+        state = _pad(state, channels, axis=1).contiguous()
         chunks = -(-length // self.library.scan_chunk())
-        borders = state.new_empty(batch, chunks, *state.shape[1:]) if keep else None
+        borders = state.new_empty(batch, chunks, *state.shape[:0:-1]) if keep else None
         y, last = packed.x.new_empty(packed.x.shape), torch.empty_like(state)
         marks = None if starts is None else starts.contiguous()
         self.library.scan_forward(
@@ -71,22 +70,22 @@ class CppScan:
             y.dtype == torch.bfloat16,
             threads(),
         )
-        return y[..., :channels], last.transpose(1, 2)[:, :channels], borders
+        return y[..., :channels], last[:, :channels], borders
 
     def backward(
         self, inputs: ScanInputs, starts: Tensor | None, borders: Tensor, dy: Tensor, dlast: Tensor
     ) -> ScanGradients:
         batch, length, channels = inputs.x.shape
         packed = _pack(inputs)
-        dy, dlast = (_pad(grad, channels).contiguous() for grad in (dy, dlast.transpose(1, 2)))
+        dy, dlast = _pad(dy, channels).contiguous(), _pad(dlast, channels, axis=1).contiguous()
         groups = -(-dy.shape[2] // self.library.scan_group())
-        rate, n = packed.A, len(packed.A)
+        A, n = packed.A, packed.A.shape[1]
         # Sums over rows and channels end here, so that threads share nothing and their number changes no bit.
         grads = {"x": torch.empty_like(dy), "dt": torch.empty_like(dy), "state": torch.empty_like(dlast)}
         grads["z"] = torch.empty_like(dy) if packed.z is not None else None
-        grads["A"], grads["D"] = rate.new_empty(batch, *rate.shape), rate.new_empty(batch, dy.shape[2])
+        grads["A"], grads["D"] = A.new_empty(batch, *A.shape), A.new_empty(batch, dy.shape[2])
         grads["dt_bias"] = None if packed.dt_bias is None else torch.empty_like(grads["D"])
-        grads["B"], grads["C"] = (rate.new_empty(groups, batch, length, n) for _ in range(2))
+        grads["B"], grads["C"] = (A.new_empty(groups, batch, length, n) for _ in range(2))
         marks = None if starts is None else starts.contiguous()
         self.library.scan_backward(
             _problem(packed, marks),
@@ -99,24 +98,24 @@ class CppScan:
         return ScanGradients(
             x=grads["x"][..., :channels],
             dt=grads["dt"][..., :channels],
-            A=grads["A"].sum(0).t()[:channels],
+            A=grads["A"].sum(0)[:channels],
             B=grads["B"].sum(0).to(dy.dtype),
             C=grads["C"].sum(0).to(dy.dtype),
             D=grads["D"].sum(0)[:channels],
             dt_bias=None if bias is None else bias.sum(0)[:channels],
             z=None if z is None else z[..., :channels],
-            state=grads["state"].transpose(1, 2)[:, :channels],
+            state=grads["state"][:, :channels],
         )
 
 
 def _pack(inputs: ScanInputs) -> ScanInputs:
-    """In the kernel's layout, with A (n, d) as the exponent of 2, since exp(dt A) = 2^(dt A log2 e)."""
+    """In the kernel's layout: regular rows, padded channels."""
     x, dt, A, B, C, D, dt_bias, z = inputs
     channels = x.shape[2]
     return ScanInputs(
         x=rows(_pad(x, channels)),
         dt=rows(_pad(dt, channels)),
-        A=_pad(A.t() * math.log2(math.e), channels).contiguous(),
+        A=_pad(A, channels, axis=0).contiguous(),
         B=rows(B),
         C=rows(C),
         D=_pad(D, channels).contiguous(),
@@ -125,10 +124,13 @@ def _pack(inputs: ScanInputs) -> ScanInputs:
     )
 
 
-def _pad(tensor: Tensor, channels: int) -> Tensor:
-    """The last axis padded with zeros to a multiple of the vector width; `tensor` itself where it is one."""
+def _pad(tensor: Tensor, channels: int, axis: int = -1) -> Tensor:
+    """The axis of channels padded with zeros to a multiple of the vector width; `tensor` itself where it is one."""
     missing = -channels % CHANNEL_MULTIPLE
-    return F.pad(tensor, (0, missing)) if missing else tensor
+    if not missing:
+        return tensor
+    behind = tensor.ndim - 1 - axis % tensor.ndim
+    return F.pad(tensor, (*(0, 0) * behind, 0, missing))
 
 
 def _problem(packed: ScanInputs, starts: Tensor | None) -> _Problem:
@@ -137,12 +139,12 @@ def _problem(packed: ScanInputs, starts: Tensor | None) -> _Problem:
     return _Problem(
         **{name: address(tensor) for name, tensor in sequences.items()},
         **{f"{name}_step": 0 if t is None else t.stride(1) for name, t in sequences.items()},
-        decay_rate=address(packed.A),
+        A=address(packed.A),
         D=address(packed.D),
         dt_bias=address(packed.dt_bias),
         starts=address(starts),
         batch=batch,
         length=length,
         channels=channels,
-        n=len(packed.A),
+        n=packed.A.shape[1],
     )

@@ -14,9 +14,8 @@
 // the first and rebuilds what it needs of one chunk in buffers that stay in the cache.
 //
 // Sequences are fp32 or bf16, everything else and all arithmetic is fp32. Shapes: x, dt, z (batch, length,
-// channels); B, C (batch, length, n); starts (batch, length); decay_rate (n, channels) = A log2(e), so that
-// exp(s A) = 2^(s decay_rate); D, dt_bias (channels); state, last (batch, n, channels); borders (batch, chunks,
-// n, channels). `channels` is a multiple of 16.
+// channels); B, C (batch, length, n); starts (batch, length); A (channels, n); D, dt_bias (channels); state, last
+// (batch, channels, n); borders (batch, chunks, n, channels). `channels` is a multiple of 16.
 
 #include <algorithm>
 #include <cstdint>
@@ -28,14 +27,14 @@
 struct Problem {
   const void *x, *dt, *B, *C, *z;  // z may be null
   int64_t x_step, dt_step, B_step, C_step, z_step;
-  const float *decay_rate, *D, *dt_bias;  // dt_bias may be null
-  const uint8_t* starts;                  // may be null
+  const float *A, *D, *dt_bias;    // dt_bias may be null
+  const uint8_t* starts;           // may be null
   int64_t batch, length, channels, n;
 };
 
 struct Gradients {
   void *x, *dt, *z;                        // as the inputs, contiguous; z may be null
-  float *A, *B, *C, *D, *dt_bias, *state;  // A (batch, n, channels); B, C (groups, batch, length, n);
+  float *A, *B, *C, *D, *dt_bias, *state;  // A (batch, channels, n); B, C (groups, batch, length, n);
 };                                         // D, dt_bias (batch, channels)
 
 namespace {
@@ -82,7 +81,7 @@ struct Worker {
   const Problem& p;
   const int64_t row, first, blocks, tiles, states, chunks;
   const FlushSubnormals guard;
-  std::vector<Vec> rates, carried;  // (block, state)
+  std::vector<Vec> rates, carried;  // (block, state); rates are A log2(e): exp(s A) = 2^(s rate)
   std::vector<float> B, C;          // (position, state)
   // Of one block of channels and one chunk: inputs, step sizes, their slopes, s x, gates, outputs before the gate.
   Vec x[kChunk], s[kChunk], slope[kChunk], drive[kChunk], z[kChunk], y[kChunk];
@@ -92,11 +91,9 @@ struct Worker {
       : p(p), row(row), first(group * kGroup), blocks(std::min(kGroup, p.channels - first) / kLanes),
         tiles(count(p.n, kTile)), states(tiles * kTile), chunks(count(p.length, kChunk)), rates(blocks * states),
         carried(blocks * states), B(kChunk * states), C(kChunk * states) {
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t i = 0; i < p.n; ++i) {
-        carried[block * states + i] = load(state + (row * p.n + i) * p.channels + channel(block));
-        rates[block * states + i] = load(p.decay_rate + i * p.channels + channel(block));
-      }
+    read(p.A + first * p.n, rates.data());
+    for (Vec& rate : rates) rate *= kLog2e;
+    read(state + (row * p.channels + first) * p.n, carried.data());
   }
 
   int64_t channel(int64_t block) const { return first + block * kLanes; }
@@ -149,10 +146,16 @@ struct Worker {
     return {nullptr, 0};
   }
 
-  void write(float* to, const Vec* from) const {  // (batch, n, channels)
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t i = 0; i < p.n; ++i)
-        store(to + (row * p.n + i) * p.channels + channel(block), from[block * states + i]);
+  // (channel, state) in memory from and to (block, state) of vectors.
+  void read(const float* from, Vec* to) const {
+    for (int64_t c = 0; c < blocks * kLanes; ++c)
+      for (int64_t i = 0; i < p.n; ++i) to[c / kLanes * states + i][c % kLanes] = from[c * p.n + i];
+  }
+
+  void write(const Vec* from, float* to) const {
+    to += (row * p.channels + first) * p.n;
+    for (int64_t c = 0; c < blocks * kLanes; ++c)
+      for (int64_t i = 0; i < p.n; ++i) to[c * p.n + i] = from[c / kLanes * states + i][c % kLanes];
   }
 };
 
@@ -178,7 +181,7 @@ struct Forward : Worker<T> {
         }
       }
     }
-    this->write(last, this->carried.data());
+    this->write(this->carried.data(), last);
   }
 
   void scan_tile(int64_t size, int64_t block, int64_t tile, Lines next) {
@@ -233,8 +236,8 @@ struct Backward : Worker<T> {
       write_sums(span, dB, out.B + group * p.batch * p.length * p.n);
       write_sums(span, dC, out.C + group * p.batch * p.length * p.n);
     }
-    this->write(out.A, dA.data());
-    this->write(out.state, this->carried.data());
+    this->write(dA.data(), out.A);
+    this->write(this->carried.data(), out.state);
     for (int64_t block = 0; block < this->blocks; ++block) {
       store(out.D + this->row * p.channels + this->channel(block), dD[block]);
       if (p.dt_bias) store(out.dt_bias + this->row * p.channels + this->channel(block), dbias[block]);
