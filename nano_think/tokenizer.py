@@ -80,6 +80,10 @@ class Tokenizer:
         """Ids of `text` without special tokens; a lone surrogate is encoded as U+FFFD."""
         return self._encoding.encode_ordinary(_valid_unicode(text))
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as uint32 (n,), without a Python object for each token."""
+        return self._encoding.encode_to_numpy(_valid_unicode(text))
+
     def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
         """`encode` of every text, on `num_threads` threads."""
         cleaned = [_valid_unicode(text) for text in texts]

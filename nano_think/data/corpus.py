@@ -11,6 +11,8 @@ from typing import Any
 
 from nano_think.data.split import SPLITS
 
+BLOCK_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -28,6 +30,32 @@ class Record:
     domain: str
     source: str
     id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive records of one split and domain, which any process can read from the file by itself.
+
+    Attributes:
+        path: the file. split, domain: what it belongs to.
+        start, stop: bytes of the file; None is its end.
+    """
+
+    path: Path
+    split: str
+    domain: str
+    start: int
+    stop: int | None
+
+    def records(self) -> Iterator[Record]:
+        """Stream the records."""
+        with open(self.path, "rb") as file:
+            place = file.seek(self.start)
+            for line in file:
+                yield Record(**json.loads(line))
+                place += len(line)
+                if place == self.stop:
+                    return
 
 
 class Corpus:
@@ -70,15 +98,28 @@ class Corpus:
         Raises:
             ValueError: if the split or the domain does not exist.
         """
+        return Block(self._file(split, domain), split, domain, 0, None).records()
+
+    def blocks(self, split: str, domain: str) -> Iterator[Block]:
+        """The same records in portions of about a mebibyte.
+
+        Raises:
+            ValueError: as `documents`.
+        """
+        path = self._file(split, domain)
+        start, size = 0, path.stat().st_size
+        with open(path, "rb") as file:
+            while start < size:
+                file.seek(start + BLOCK_BYTES - 1)
+                file.readline()
+                stop = min(file.tell(), size)
+                yield Block(path, split, domain, start, stop)
+                start = stop
+
+    def _file(self, split: str, domain: str) -> Path:
         if split not in SPLITS or domain not in self.domains:
             raise ValueError(
                 f"The corpus has no {split!r} / {domain!r}: splits are {', '.join(SPLITS)}, "
                 f"domains are {', '.join(self.domains)}."
             )
-        return self._read(self.path / split / f"{domain}.jsonl")
-
-    @staticmethod
-    def _read(path: Path) -> Iterator[Record]:
-        with open(path, "rb") as file:
-            for line in file:
-                yield Record(**json.loads(line))
+        return self.path / split / f"{domain}.jsonl"

@@ -1,30 +1,30 @@
 """From a source to a corpus on disk: normalise, find copies, split, write, and report what leaked.
 
-Memory is flat in the size of the texts: they wait in a temporary file on disk, and only hashes (about 700
-bytes a document) stay in memory.
+Memory is flat in the size of the texts: they wait in a temporary file on disk, and what stays in memory is about
+100 bytes a document. What is computed for each document alone runs in worker processes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from nano_think.data.corpus import Corpus, Record
-from nano_think.data.dedup import NUM_PERMUTATIONS, exact_jaccard, near_duplicates, signature
-from nano_think.data.documents import Document, Source
+from nano_think.data.corpus import Corpus
+from nano_think.data.dedup import exact_jaccard, near_duplicates
+from nano_think.data.documents import Source
 from nano_think.data.leakage import leakage_report, leakage_summary
-from nano_think.data.normalize import fold, normalize
-from nano_think.data.split import DEFAULT_SALT, FRACTIONS, SPLITS, own_split, resolve_clusters
+from nano_think.data.normalize import fold
+from nano_think.data.split import DEFAULT_SALT, FRACTIONS, SPLITS, resolve_clusters
+from nano_think.data.spool import Spool, batches, digest_batch
+from nano_think.data.workers import Workers
 from nano_think.errors import UserError
 from nano_think.files import atomic_dir, hash_file, hash_json, write_json
 
@@ -37,6 +37,7 @@ def prepare_corpus(
     salt: str = DEFAULT_SALT,
     jaccard: float = 0.8,
     progress: Callable[[int], None] | None = None,
+    processes: int | None = None,
 ) -> Corpus:
     """Write the corpus directory of `source` and return its reader.
 
@@ -49,6 +50,7 @@ def prepare_corpus(
         salt: key of the split hash; another salt gives another split.
         jaccard: similarity of the word 5-gram sets from which two documents are near copies.
         progress: called now and then with the number of text bytes read so far.
+        processes: see `Workers`; the files do not depend on it.
 
     Raises:
         UserError: if there is no document, a domain has no document in some split, or `out_dir` holds another
@@ -59,10 +61,14 @@ def prepare_corpus(
     if out_dir.exists():
         return _existing(out_dir, key)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out_dir.parent) as file:
-        spool = _Spool(file, salt)
-        for document in source:
-            spool.add(document)
+    with ExitStack() as stack:
+        workers = stack.enter_context(Workers(processes))
+        lines = stack.enter_context(tempfile.TemporaryFile(dir=out_dir.parent))
+        signatures = stack.enter_context(tempfile.TemporaryFile(dir=out_dir.parent, buffering=0))
+        spool = Spool(lines, signatures)
+        for digests in workers.map(partial(digest_batch, salt=salt), batches(source)):
+            for digest in digests:
+                spool.add(digest)
             if progress is not None:
                 progress(spool.text_bytes)
         plan = _Plan.make(spool, jaccard)
@@ -71,7 +77,7 @@ def prepare_corpus(
             _check_domains(counts)
             manifest = _manifest(key, source, spool, plan, counts, directory)
             write_json(directory / "manifest.json", manifest)
-            report = leakage_report(Corpus(directory), plan.excluded(spool))
+            report = leakage_report(Corpus(directory), plan.excluded(spool), workers)
             write_json(directory / "leakage.json", report)
             (directory / "leakage.md").write_text(leakage_summary(report), encoding="utf-8")
     return Corpus(out_dir)
@@ -89,146 +95,92 @@ def _existing(out_dir: Path, key: dict[str, Any]) -> Corpus:
     return corpus
 
 
-@dataclass
-class _Spool:
-    """Normalised documents on disk, exact copies dropped; what is in memory is one row of hashes for each."""
-
-    file: BinaryIO
-    salt: str
-    offsets: array = field(default_factory=lambda: array("q"))
-    uids: array = field(default_factory=lambda: array("q"))
-    own: array = field(default_factory=lambda: array("b"))
-    signatures: bytearray = field(default_factory=bytearray)
-    signed: array = field(default_factory=lambda: array("q"))
-    rows: dict[bytes, int] = field(default_factory=dict)
-    removed: Counter[str] = field(default_factory=Counter)
-    text_bytes: int = 0
-
-    def add(self, document: Document) -> None:
-        """Normalise a document and keep it, unless it is empty or an exact copy."""
-        text = normalize(document.text, document.domain)
-        self.text_bytes += len(text.encode())
-        folded = fold(text)
-        if not folded:
-            self.removed["empty"] += 1
-            return
-        offset = self.file.seek(0, 2)
-        values = asdict(document) | {"text": text}
-        content = hashlib.blake2b(folded.encode(), digest_size=16).digest()
-        row = self.rows.setdefault(content, len(self.rows))
-        if row < len(self.offsets):
-            self._keep_one_copy(row, offset, values)
-            return
-        self._write(values)
-        self.offsets.append(offset)
-        self.uids.append(content_uid(text))
-        self.own.append(own_split(folded, self.salt))
-        minhash = signature(folded)
-        if minhash is not None:
-            self.signed.append(row)
-            self.signatures += minhash.tobytes()
-
-    def read(self, row: int) -> dict[str, str]:
-        """Return text, domain, source and id of a kept document."""
-        self.file.seek(self.offsets[row])
-        return json.loads(self.file.readline())
-
-    def _write(self, values: dict[str, str]) -> None:
-        self.file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
-
-    def _keep_one_copy(self, row: int, offset: int, values: dict[str, str]) -> None:
-        kept = self.read(row)
-        self.removed[
-            "exact_copies" if kept["domain"] == values["domain"] else "exact_copies_across_domains"
-        ] += 1
-        # The smallest copy stays, whichever came first, so that the order of files does not matter.
-        if _copy_order(values) < _copy_order(kept):
-            self.file.seek(offset)
-            self._write(values)
-            self.offsets[row] = offset
-            self.uids[row] = content_uid(values["text"])
-
-
-def _copy_order(values: dict[str, str]) -> tuple[int, str, str, str]:
-    return content_uid(values["text"]), values["domain"], values["source"], values["id"]
-
-
-def content_uid(text: str) -> int:
-    """Return the uid of a normalised text: the first 63 bits of its blake2b hash."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
 @dataclass(frozen=True)
 class _Plan:
-    """Cluster and fate of every spooled document."""
+    """Fate of every spooled document that is no exact copy, an entry for each in all arrays.
 
-    clusters: list[int]
-    cluster_split: dict[int, int]
-    keep: list[bool]
+    rows: where the spool has it, rising. clusters: smallest uid of its near copies. keep: whether it is written.
+    """
+
+    rows: np.ndarray
+    clusters: np.ndarray
+    keep: np.ndarray
 
     @classmethod
-    def make(cls, spool: _Spool, threshold: float) -> _Plan:
-        if not spool.uids:
+    def make(cls, spool: Spool, threshold: float) -> _Plan:
+        if not len(spool):
             raise UserError(
                 "The source holds no document with any text: check data.root or choose data=builtin."
             )
-        signatures = np.frombuffer(spool.signatures, dtype=np.uint32).reshape(-1, NUM_PERMUTATIONS)
-        signed = spool.signed
+        rows = spool.without_copies()
+        signed = np.asarray(spool.signed)[rows]
+        with_signature = rows[signed >= 0]
+        signed = signed[signed >= 0]  # rising, as the rows are
 
         def exact(i: int, j: int) -> float:
-            a, b = (fold(spool.read(signed[row])["text"]) for row in (i, j))
-            return exact_jaccard(a, b)
+            pair = with_signature[np.searchsorted(signed, (i, j))].tolist()
+            return exact_jaccard(*(fold(spool.read(row)["text"]) for row in pair))
 
-        sets = near_duplicates(signatures, threshold, exact)
-        labels = list(range(len(spool.uids)))
-        for position, row in enumerate(signed):
-            labels[row] = signed[sets.find(position)]
-        smallest: dict[int, int] = {}
-        for label, uid in zip(labels, spool.uids, strict=True):
-            smallest[label] = min(uid, smallest.get(label, uid))
-        clusters = [smallest[label] for label in labels]
-        keep = resolve_clusters(spool.own, clusters)
-        cluster_split = {cluster: spool.own[i] for i, cluster in enumerate(clusters) if keep[i]}
-        return cls(clusters, cluster_split, keep)
+        sets = near_duplicates(spool.signatures, threshold, exact, signed)
+        # documents without a signature are alone; labels above all signatures name them
+        labels = len(spool.signatures) + np.arange(len(rows))
+        labels[np.searchsorted(rows, with_signature)] = [sets.find(place) for place in signed.tolist()]
+        _, label = np.unique(labels, return_inverse=True)
+        uids = np.asarray(spool.uids)[rows]
+        smallest = np.full(label.max() + 1, np.iinfo(np.int64).max)
+        np.minimum.at(smallest, label, uids)
+        own = np.asarray(spool.own)[rows]
+        return cls(rows, smallest[label], resolve_clusters(own, label))
 
-    def excluded(self, spool: _Spool) -> list[dict[str, Any]]:
+    def excluded(self, spool: Spool) -> list[dict[str, Any]]:
         """Describe the near copies left out because their cluster lies in another split, by uid."""
-        rows = sorted((spool.uids[row], row) for row, keep in enumerate(self.keep) if not keep)
+        left_out = self.clusters[~self.keep]
+        kept = self.keep & np.isin(self.clusters, left_out)
+        split_of = {
+            cluster: spool.own[row]
+            for cluster, row in zip(self.clusters[kept].tolist(), self.rows[kept].tolist(), strict=True)
+        }
         result = []
-        for uid, row in rows:
-            values, cluster = spool.read(row), self.clusters[row]
+        for row, cluster in zip(self.rows[~self.keep].tolist(), left_out.tolist(), strict=True):
+            values = spool.read(row)
             result.append(
                 {
-                    "uid": uid,
+                    "uid": spool.uids[row],
                     "cluster": cluster,
                     "own_split": SPLITS[spool.own[row]],
-                    "cluster_split": SPLITS[self.cluster_split[cluster]],
+                    "cluster_split": SPLITS[split_of[cluster]],
                     **{name: values[name] for name in ("domain", "source", "id")},
                 }
             )
-        return result
+        return sorted(result, key=lambda entry: entry["uid"])
 
 
-def _write_records(spool: _Spool, plan: _Plan, directory: Path) -> dict[str, dict[str, Counter[str]]]:
+def _write_records(spool: Spool, plan: _Plan, directory: Path) -> dict[str, dict[str, Counter[str]]]:
     """Write the kept records in the order of their uids; return {domain: {split: counts}}."""
     files: dict[tuple[str, str], BinaryIO] = {}
     counts: dict[str, dict[str, Counter[str]]] = {}
+    domains = list(spool.domains)
     for split in SPLITS:
         (directory / split).mkdir()
     with ExitStack() as stack:
-        for record, split in _records(spool, plan):
-            place = (split, record.domain)
+        for row, cluster in _kept(spool, plan):
+            split, domain = SPLITS[spool.own[row]], domains[spool.domain_numbers[row]]
+            place = (split, domain)
             if place not in files:
-                files[place] = stack.enter_context(open(directory / split / f"{record.domain}.jsonl", "wb"))
-            files[place].write(json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n")
-            count = counts.setdefault(record.domain, {name: Counter() for name in SPLITS})[split]
-            count.update(documents=1, bytes=len(record.text.encode()))
+                files[place] = stack.enter_context(open(directory / split / f"{domain}.jsonl", "wb"))
+            # the fields of `Record`: two numbers before those that the line begins with
+            files[place].write(b'{"uid": %d, "cluster": %d, ' % (spool.uids[row], cluster))
+            files[place].write(memoryview(spool.line(row))[1:])
+            count = counts.setdefault(domain, {name: Counter() for name in SPLITS})[split]
+            count.update(documents=1, bytes=spool.num_bytes[row])
     return dict(sorted(counts.items()))
 
 
-def _records(spool: _Spool, plan: _Plan) -> Iterator[tuple[Record, str]]:
-    for uid, row in sorted((uid, row) for row, uid in enumerate(spool.uids) if plan.keep[row]):
-        yield Record(uid=uid, cluster=plan.clusters[row], **spool.read(row)), SPLITS[spool.own[row]]
+def _kept(spool: Spool, plan: _Plan) -> Iterator[tuple[int, int]]:
+    """(row, cluster) of the documents to write, by uid."""
+    rows, clusters = plan.rows[plan.keep], plan.clusters[plan.keep]
+    for place in np.argsort(np.asarray(spool.uids)[rows], kind="stable").tolist():
+        yield int(rows[place]), int(clusters[place])
 
 
 def _check_domains(counts: dict[str, dict[str, Counter[str]]]) -> None:
@@ -245,7 +197,7 @@ def _check_domains(counts: dict[str, dict[str, Counter[str]]]) -> None:
 def _manifest(
     key: dict[str, Any],
     source: Source,
-    spool: _Spool,
+    spool: Spool,
     plan: _Plan,
     counts: dict[str, dict[str, Counter[str]]],
     directory: Path,
@@ -279,7 +231,7 @@ def _manifest(
             **{
                 name: spool.removed[name] for name in ("empty", "exact_copies", "exact_copies_across_domains")
             },
-            "near_copies_across_splits": plan.keep.count(False),
+            "near_copies_across_splits": int((~plan.keep).sum()),
         },
         "skipped": source.skipped(),
         "source": description,

@@ -8,23 +8,23 @@ of `Documents`.
 from __future__ import annotations
 
 import json
+import operator
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nano_think.data.corpus import Corpus, Record
+from nano_think.data.corpus import Block, Corpus
 from nano_think.data.split import SPLITS
+from nano_think.data.workers import Workers
 from nano_think.errors import UserError
 from nano_think.files import atomic_dir, write_json
 from nano_think.tokenizer import Tokenizer
-
-# A batch of documents for the tokenizer ends at whichever comes first, so that memory stays flat.
-_BATCH_DOCUMENTS = 256
-_BATCH_CHARACTERS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def build_shards(
     corpus: Corpus,
     tokenizer: Tokenizer,
     out_dir: str | Path,
-    num_threads: int = 2,
+    processes: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Shards:
     """Tokenise every split and domain of `corpus` into `out_dir`; what is already there is kept and returned.
@@ -130,6 +130,7 @@ def build_shards(
     not at all, also when two processes build it at once.
 
     Args:
+        processes: see `Workers`; the files do not depend on it.
         progress: called with the number of documents just written, batch after batch.
 
     Raises:
@@ -148,58 +149,73 @@ def build_shards(
             "domains": list(corpus.domains),
             "splits": {split: {} for split in SPLITS},
         }
-        with atomic_dir(out_dir) as temporary:
-            for split in SPLITS:
-                (temporary / split).mkdir()
-                for domain in corpus.domains:
-                    stem = temporary / split / domain
-                    batches = _batches(corpus.documents(split, domain))
-                    counts = _write_stream(stem, batches, tokenizer, dtype, num_threads, progress)
-                    manifest["splits"][split][domain] = counts
+        with atomic_dir(out_dir) as temporary, Workers(processes) as workers:
+            for (split, domain), encoded in _streams(corpus, tokenizer, dtype, workers):
+                (temporary / split).mkdir(exist_ok=True)
+                counts = _write_stream(temporary / split / domain, encoded, progress)
+                manifest["splits"][split][domain] = counts
             write_json(temporary / "manifest.json", manifest)
     shards = Shards(out_dir)
     shards.check_tokenizer(tokenizer.hash)
     return shards
 
 
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    characters = 0
-    for record in records:
-        batch.append(record)
-        characters += len(record.text)
-        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A block of documents as tokens, each BOS + text + EOS.
+
+    stream: the tokens' bytes. table: int64 (4, documents): length, uid, cluster, num_bytes of `Documents`.
+    """
+
+    place: tuple[str, str]
+    stream: bytes
+    table: np.ndarray
+
+
+def _encode(tokenizer: Tokenizer, dtype: np.dtype, block: Block) -> _Encoded:
+    stream, table = bytearray(), array("q")
+    bos, eos = (np.array([i], dtype).tobytes() for i in (tokenizer.bos_id, tokenizer.eos_id))
+    for record in block.records():
+        ids = tokenizer.encode_array(record.text)
+        stream += bos + ids.astype(dtype).tobytes() + eos
+        num_bytes = int(tokenizer.byte_lengths[ids].sum())
+        table.extend((len(ids) + 2, record.uid, record.cluster, num_bytes))
+    columns = np.frombuffer(table, np.int64).reshape(-1, 4).T
+    return _Encoded((block.split, block.domain), bytes(stream), columns)
+
+
+def _streams(
+    corpus: Corpus, tokenizer: Tokenizer, dtype: np.dtype, workers: Workers
+) -> Iterator[tuple[tuple[str, str], Iterable[_Encoded]]]:
+    """((split, domain), its blocks) for every one, also where there is no document."""
+    places = [(split, domain) for split in SPLITS for domain in corpus.domains]
+    blocks = (block for place in places for block in corpus.blocks(*place))
+    # one map over all, so that no worker waits at the end of a stream
+    encoded = groupby(
+        workers.map(partial(_encode, tokenizer, dtype), blocks), key=operator.attrgetter("place")
+    )
+    filled, parts = next(encoded, (None, iter(())))
+    for place in places:
+        if place != filled:
+            yield place, ()
+            continue
+        yield place, parts
+        filled, parts = next(encoded, (None, iter(())))
 
 
 def _write_stream(
-    stem: Path,
-    batches: Iterable[list[Record]],
-    tokenizer: Tokenizer,
-    dtype: np.dtype,
-    num_threads: int,
-    progress: Callable[[int], None] | None,
+    stem: Path, encoded: Iterable[_Encoded], progress: Callable[[int], None] | None
 ) -> dict[str, int]:
     """Write the two files of one split and domain and return their counts."""
-    columns = {field.name: array("q") for field in fields(Documents)}
-    num_tokens = num_documents = num_bytes = 0
+    tables = [np.empty((4, 0), np.int64)]
     with open(stem.with_name(f"{stem.name}.tokens.bin"), "wb") as stream:
-        for batch in batches:
-            encoded = tokenizer.encode_batch([record.text for record in batch], num_threads)
-            for record, ids in zip(batch, encoded, strict=True):
-                stream.write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
-                text_bytes = int(tokenizer.byte_lengths[ids].sum())
-                values = (num_tokens, len(ids) + 2, record.uid, record.cluster, text_bytes, num_documents)
-                for column, value in zip(columns.values(), values, strict=True):
-                    column.append(value)
-                num_tokens += len(ids) + 2
-                num_documents += 1
-                num_bytes += text_bytes
+        for part in encoded:
+            stream.write(part.stream)
+            tables.append(part.table)
             if progress is not None:
-                progress(len(batch))
-    table = np.array([np.frombuffer(column, np.int64) for column in columns.values()])
+                progress(part.table.shape[1])
+    length, uid, cluster, num_bytes = np.concatenate(tables, axis=1)
+    start = np.cumsum(length) - length
+    table = np.array([start, length, uid, cluster, num_bytes, np.arange(len(length))])
     np.save(stem.with_name(f"{stem.name}.docs.npy"), table)
-    return {"documents": num_documents, "tokens": num_tokens, "bytes": num_bytes}
+    return {"documents": len(length), "tokens": int(length.sum()), "bytes": int(num_bytes.sum())}

@@ -20,6 +20,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+
 SPLITS = ("expert_train", "fusion_train", "validation", "test")
 FRACTIONS = (0.80, 0.10, 0.05, 0.05)
 DEFAULT_SALT = "nano_think"
@@ -36,14 +38,15 @@ def own_split(folded: str, salt: str = DEFAULT_SALT) -> int:
     return sum(position >= border for border in _BORDERS)
 
 
-def resolve_clusters(own: Sequence[int], clusters: Sequence[int]) -> list[bool]:
-    """Say for each document whether it is kept.
+def resolve_clusters(own: Sequence[int] | np.ndarray, clusters: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Say for each document whether it is kept, (documents,) bool.
 
     Args:
         own: index into `SPLITS` per document.
         clusters: cluster label per document.
     """
-    winner: dict[int, int] = {}
-    for split, cluster in zip(own, clusters, strict=True):
-        winner[cluster] = max(split, winner.get(cluster, 0))
-    return [split == winner[cluster] for split, cluster in zip(own, clusters, strict=True)]
+    own = np.asarray(own, dtype=np.int64)
+    _, label = np.unique(np.asarray(clusters, dtype=np.int64), return_inverse=True)
+    winner = np.zeros(len(own), dtype=np.int64)
+    np.maximum.at(winner, label, own)
+    return own == winner[label]

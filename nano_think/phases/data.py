@@ -33,7 +33,10 @@ def corpus_maker(run: Run) -> Maker:
         with _progress(run) as progress:
             task = progress.add_task("reading documents", total=None)
             corpus = prepare_corpus(
-                source, path / "corpus", progress=lambda done: progress.update(task, completed=done)
+                source,
+                path / "corpus",
+                progress=lambda done: progress.update(task, completed=done),
+                processes=run.cfg.data.processes,
             )
         return {"hash": corpus.hash, "domains": corpus.domains}
 
@@ -71,7 +74,8 @@ def shards_maker(run: Run) -> Maker:
                 load_corpus(run, corpus),
                 load_tokenizer(run, tokenizer),
                 path / "shards",
-                progress=lambda done: progress.update(task, completed=done),
+                processes=run.cfg.data.processes,
+                progress=lambda done: progress.advance(task, done),
             )
         return {"tokens": {split: shards.num_tokens(split) for split in shards.manifest["splits"]}}
 

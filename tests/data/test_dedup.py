@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import random
+import re
+import tempfile
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nano_think.data.dedup import (
     NUM_PERMUTATIONS,
+    SignatureFile,
     UnionFind,
     exact_jaccard,
     near_duplicates,
@@ -72,6 +77,60 @@ def test_ngram_order_and_border_matter():
     assert ngram_hashes("ab c", 2)[0] != ngram_hashes("a bc", 2)[0]
     assert len(ngram_hashes("only four words here", 5)) == 0
     assert signature("only four words here") is None
+
+
+@given(st.text(), st.text(alphabet="aB_1 -\u00e9\u0661\U0001d7d9\u0301\u4e2d\ud800"), st.integers(1, 3))
+def test_words_are_those_of_the_regular_expression(any_text, chosen, n):
+    for text in (any_text, chosen):
+        words = re.findall(r"\w+", text)
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        hashes = ngram_hashes(text, n).tolist()
+        assert len(hashes) == len(grams)
+        assert len({*zip(grams, hashes, strict=True)}) == len(set(grams)) == len(set(hashes))
+
+
+def test_a_long_text_is_hashed_in_pieces_without_a_seam(monkeypatch):
+    text = random_text(random.Random(8), words=500)
+    whole = ngram_hashes(text, 4)
+    for size in (1, 7, 100):
+        monkeypatch.setattr("nano_think.data.dedup._PIECE", size)
+        assert (ngram_hashes(text, 4) == whole).all()
+    monkeypatch.setattr("nano_think.data.dedup._PIECE", 8)
+    assert len(ngram_hashes("x" * 100, 1)) == 1, "a word is not cut"
+
+
+def test_a_signature_file_reads_like_an_array():
+    rows = np.stack([signature(random_text(random.Random(i))) for i in range(9)])
+    with tempfile.TemporaryFile(buffering=0) as file:
+        table = SignatureFile(file)
+        table.append(rows[:4].tobytes())
+        assert (table[3] == rows[3]).all()
+        table.append(rows[4:].tobytes())
+        assert len(table) == 9
+        assert (table[2:7] == rows[2:7]).all()
+        assert (table[8:20] == rows[8:]).all()
+        assert table[20:30].shape == (0, NUM_PERMUTATIONS)
+        assert (table[np.array([5, 0])] == rows[[5, 0]]).all()
+        assert table[np.array([], dtype=int)].shape == (0, NUM_PERMUTATIONS)
+
+
+def test_clusters_from_a_file_are_those_from_memory_and_skip_rows_left_out():
+    rng = random.Random(9)
+    texts = [random_text(rng) for _ in range(40)]
+    texts += [edited(rng, text, 1) for text in texts[:20]]
+    rows = np.stack([signature(text) for text in texts])
+    exact = lambda i, j: exact_jaccard(texts[i], texts[j])  # noqa: E731
+    memory = near_duplicates(rows, 0.8, exact)
+    with tempfile.TemporaryFile(buffering=0) as file:
+        table = SignatureFile(file)
+        table.append(rows.tobytes())
+        on_disk = near_duplicates(table, 0.8, exact)
+        some = near_duplicates(table, 0.8, exact, np.arange(10, 60))
+    labels = [memory.find(i) for i in range(60)]
+    assert labels == [on_disk.find(i) for i in range(60)]
+    assert len(set(labels)) < 60
+    assert [some.find(i) for i in range(10)] == list(range(10))
+    assert [some.find(i) for i in range(50, 60)] == [memory.find(i) for i in range(50, 60)]
 
 
 def test_exact_jaccard_matches_sets_of_tuples():

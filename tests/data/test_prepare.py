@@ -3,17 +3,20 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nano_think.data.corpus import Corpus
 from nano_think.data.documents import Document
-from nano_think.data.leakage import leakage_report
+from nano_think.data.leakage import _Known, leakage_report
 from nano_think.data.normalize import fold
-from nano_think.data.prepare import content_uid, prepare_corpus
+from nano_think.data.prepare import prepare_corpus
 from nano_think.data.split import SPLITS, own_split
+from nano_think.data.spool import content_uid
 from nano_think.errors import UserError
 
 
@@ -180,6 +183,33 @@ def test_the_result_depends_on_neither_order_nor_time_nor_place(tmp_path):
     assert placement(other_salt).keys() & placement(first).keys()
 
 
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path, monkeypatch):
+    rng = random.Random(4)
+    documents = [Document(" \n", "code", "s", "blank"), *pool()]
+    documents += [near_copy(d, rng) for d in documents[1:60]]
+    documents += [Document(d.text.title(), "code", "twin", f"twin-{d.id}") for d in documents[5:20]]
+    alone = prepare_corpus(ListSource(documents), tmp_path / "alone", processes=1)
+    monkeypatch.setattr("nano_think.data.workers.INLINE_ITEMS", 1)
+    monkeypatch.setattr("nano_think.data.spool._BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr("nano_think.data.corpus.BLOCK_BYTES", 3000)
+    for processes in (1, 2, 3):
+        other = prepare_corpus(ListSource(documents), tmp_path / str(processes), processes=processes)
+        files = sorted(path for path in alone.path.rglob("*") if path.is_file())
+        for path in files:
+            assert (other.path / path.relative_to(alone.path)).read_bytes() == path.read_bytes(), path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "alone"]
+
+
+def test_a_file_is_a_line_of_json_for_each_record(tmp_path):
+    documents = [*pool(), Document('quotes " and \\ and \u2028 ☕ ' * 9, "general", "sé", "odd")]
+    corpus = prepare_corpus(ListSource(documents), tmp_path / "corpus")
+    for split in SPLITS:
+        lines = (corpus.path / split / "general.jsonl").read_bytes().split(b"\n")
+        records = list(corpus.documents(split, "general"))
+        expected = [json.dumps(asdict(record), ensure_ascii=False).encode() for record in records]
+        assert lines == [*expected, b""]
+
+
 def test_a_second_call_reuses_the_same_corpus_and_refuses_another(tmp_path):
     out = tmp_path / "corpus"
     prepare_corpus(ListSource(pool()), out)
@@ -263,6 +293,14 @@ def test_overlap_of_13_grams_equals_brute_force(tmp_path):
         assert 0 < row["ngrams_share"] < 1
     summary = (corpus.path / "leakage.md").read_text()
     assert f"{corpus.leakage['overlap_13gram']['a']['documents_share']:.2%}" in summary
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, unique=True), st.lists(st.integers(0, 2**64 - 1)))
+def test_known_hashes_are_found_and_no_others(known, others):
+    table = _Known(np.array(sorted(known), dtype=np.uint64))
+    found = table.places(np.array([*others, *known[::2], *known[::2]], dtype=np.uint64))
+    assert set(table.hashes[found].tolist()) == set(known) & {*others, *known[::2]}
+    assert len(set(found.tolist())) == len(found)
 
 
 def test_the_audit_sees_leaks_that_someone_put_into_the_files(tmp_path):

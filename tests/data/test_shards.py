@@ -3,12 +3,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from nano_think.data.corpus import Corpus, Record
+from nano_think.data.corpus import Corpus
 from nano_think.data.shards import SPLITS, Shards, build_shards
 from nano_think.errors import UserError
 from nano_think.tokenizer import Tokenizer, train_bpe
@@ -88,15 +87,32 @@ def test_another_tokenizer_is_refused(write_corpus, byte_tokenizer, tmp_path) ->
         shards.check_tokenizer(other.hash)
 
 
-def test_a_failure_leaves_nothing_behind(byte_tokenizer, tmp_path) -> None:
-    def documents(split: str, domain: str):
-        yield Record(1, 1, "good", domain, "hand", "1")
-        raise ValueError("broken record")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failure_leaves_nothing_behind(
+    processes, write_corpus, byte_tokenizer, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("nano_think.data.workers.INLINE_ITEMS", 0)
+    corpus = write_corpus(TEXTS)
+    with open(corpus.path / "test" / "prose.jsonl", "a") as file:
+        file.write("{broken")
+    with pytest.raises(ValueError, match="Expecting property name"):
+        build_shards(corpus, byte_tokenizer, tmp_path / "out", processes)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
-    corpus = SimpleNamespace(domains=["a"], manifest={"hash": "h"}, documents=documents)
-    with pytest.raises(ValueError, match="broken record"):
-        build_shards(corpus, byte_tokenizer, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+
+def test_any_number_of_processes_writes_the_same_bytes(
+    write_corpus, byte_tokenizer, tmp_path, monkeypatch
+) -> None:
+    corpus = write_corpus(
+        {"expert_train": {"a": [f"text {i} \u00e9" for i in range(300)], "b": []}, "test": {"b": ["x"]}}
+    )
+    once = build_shards(corpus, byte_tokenizer, tmp_path / "once", processes=1)
+    monkeypatch.setattr("nano_think.data.workers.INLINE_ITEMS", 1)
+    monkeypatch.setattr("nano_think.data.corpus.BLOCK_BYTES", 500)
+    for processes in (1, 2, 3):
+        other = build_shards(corpus, byte_tokenizer, tmp_path / str(processes), processes)
+        for path in once.directory.rglob("*.*"):
+            assert (other.directory / path.relative_to(once.directory)).read_bytes() == path.read_bytes()
 
 
 def test_missing_shards_and_unknown_names_are_explained(make_shards, tmp_path) -> None:
@@ -111,7 +127,7 @@ def test_missing_shards_and_unknown_names_are_explained(make_shards, tmp_path) -
 
 def _build(corpus_path: str, out: str, barrier) -> None:
     barrier.wait()
-    build_shards(Corpus(corpus_path), train_bpe(["x"], 259), out, num_threads=1)
+    build_shards(Corpus(corpus_path), train_bpe(["x"], 259), out, processes=1)
 
 
 def test_two_processes_may_build_the_same_shards(write_corpus, tmp_path) -> None:
@@ -128,18 +144,14 @@ def test_two_processes_may_build_the_same_shards(write_corpus, tmp_path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
 
 
-def test_memory_does_not_grow_with_the_corpus(byte_tokenizer, tmp_path) -> None:
+def test_memory_does_not_grow_with_the_corpus(write_corpus, byte_tokenizer, tmp_path) -> None:
     def peak(count: int) -> int:
-        def documents(split: str, domain: str):
-            total = count if split == "expert_train" else 0
-            return (Record(i, i, "word " * 400, domain, "hand", str(i)) for i in range(total))
-
-        corpus = SimpleNamespace(domains=["a"], manifest={"hash": "h"}, documents=documents)
+        corpus = write_corpus({"expert_train": {"a": ["word " * 400] * count}}, f"corpus{count}")
         tracemalloc.start()
-        build_shards(corpus, byte_tokenizer, tmp_path / str(count), num_threads=1)
+        build_shards(corpus, byte_tokenizer, tmp_path / str(count), processes=1)
         result = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return result
 
-    small, large = peak(768), peak(3072)
+    small, large = peak(1500), peak(6000)
     assert large < 1.25 * small
