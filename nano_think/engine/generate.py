@@ -94,8 +94,8 @@ def generate(
     on_token: called as on_token(row, token id, routing weights (N,) or None) as each token is drawn.
     memory: its slots are passed to the model as `memory`.
     options: further arguments of `model.extend` (forced weights, knock-out).
-    native: read the new tokens of a single row by `NativeStep`; None does so where the model allows it and
-    max_new_tokens is at least NATIVE_FROM, and warns once where no compiler is found.
+    native: read the new tokens by `NativeStep`, which knows neither memory nor options; None does so where the
+    model allows it and max_new_tokens is at least NATIVE_FROM, and warns once where no compiler is found.
     precision: how the native step keeps the weights. Coarser ones than fp32 are not known to the plain step, so
     that asking for one uses the native step from the first new token on, and warns once where it cannot run.
     Raises ValueError for an empty or too long prompt, rows of unequal length and ids outside the vocabulary.
@@ -113,27 +113,37 @@ def generate(
         state = model.init_state(batch, prompt_length + room - 1)
         fast: NativeStep | None = None
         for step in range(room):
-            if step == 1 and batch == 1 and memory is None and not options:
-                fast = _native_step(model, state, prompt_length + room - 1, room, native, precision)
+            if step == 1 and memory is None and not options:
+                fast = _native_step(model, state, prompt_length + room - 1, batch, room, native, precision)
             if fast is not None:
-                logits, weights = fast.step(int(tokens)).unsqueeze(0), None
+                logits = fast.step_rows(tokens[rows.open, 0].tolist(), rows.open)
+                weights = fast.routing
             else:
                 slots = {} if memory is None else {"memory": memory.step(tokens)}
                 output = model.extend(tokens, state, **(options or {}), **slots)
-                logits, weights = output.logits[:, -1], output.weights
-            if step == 0:
-                prompt_weights = weights
+                if step == 0:
+                    prompt_weights = output.weights
+                logits = output.logits[rows.open, -1]
+                weights = None if output.weights is None else output.weights[rows.open, -1]
             logits = _ban(logits, banned_ids)
-            drawn = sample(logits, config, generators)
-            rows.add(drawn, logits, None if weights is None else weights[:, -1])
-            if all(rows.finished):
+            drawn = sample(logits, config, [generators[row] for row in rows.open])
+            tokens = tokens[:, -1:].index_copy(
+                0, torch.tensor(rows.open, device=tokens.device), drawn.unsqueeze(1)
+            )
+            rows.add(drawn, logits, weights)
+            if not rows.open:
                 break
-            tokens = drawn.unsqueeze(1)
     return rows.generation(prompt_weights)
 
 
 def _native_step(
-    model: Any, state: Any, max_len: int, new_tokens: int, wanted: bool | None, precision: Precision
+    model: Any,
+    state: Any,
+    max_len: int,
+    batch: int,
+    new_tokens: int,
+    wanted: bool | None,
+    precision: Precision,
 ) -> NativeStep | None:
     """A native step that goes on from `state`, or None for the plain one."""
     if wanted is False or (wanted is None and precision == "fp32" and new_tokens < NATIVE_FROM):
@@ -143,7 +153,7 @@ def _native_step(
             _warn_once(f"decoding with the model's own weights, not in {precision}: {problem}")
         return None
     try:
-        fast = NativeStep(model, precision, max_len=max_len)
+        fast = NativeStep(model, precision, max_len=max_len, batch=batch)
     except BuildError as error:
         if wanted:
             raise
@@ -159,32 +169,34 @@ def _warn_once(message: str) -> None:
 
 
 class _Rows:
-    """The growing output; a finished row is still fed to the model, but nothing is kept of it.
+    """The growing output. `open` names the rows that go on.
 
-    Rows never see each other, so what a finished row reads cannot matter, and the batch keeps its shape.
+    The plain step still reads for a finished row, so that its batch keeps its shape; rows never see each other.
     """
 
     def __init__(self, batch: int, eos_id: int | None, on_token: OnToken | None) -> None:
         self.eos_id, self.on_token = eos_id, on_token
-        self.finished = [False] * batch
+        self.open = list(range(batch))
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.logprobs: list[list[float]] = [[] for _ in range(batch)]
         self.weights: list[list[Tensor]] = [[] for _ in range(batch)]
 
     def add(self, drawn: Tensor, logits: Tensor, weights: Tensor | None) -> None:
-        """Keep drawn (B,) with its log-probability under logits (B, V) and the routing weights (B, N)."""
-        logprobs = logits.float().log_softmax(dim=-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1).tolist()
-        weights = None if weights is None else weights.cpu()
-        for row, token in enumerate(drawn.tolist()):
-            if self.finished[row]:
-                continue
+        """Of the n open rows keep drawn (n,), its log-probability under logits (n, V), routing weights (n, N)."""
+        logits = logits.float()
+        chosen = logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+        logprobs = (chosen - logits.logsumexp(dim=-1)).tolist()
+        kept: Sequence[Tensor | None] = (
+            [None] * len(drawn) if weights is None else list(weights.cpu().clone())
+        )
+        for row, token, logprob, own in zip(self.open, drawn.tolist(), logprobs, kept, strict=True):
             self.tokens[row].append(token)
-            self.logprobs[row].append(logprobs[row])
-            if weights is not None:
-                self.weights[row].append(weights[row])
+            self.logprobs[row].append(logprob)
+            if own is not None:
+                self.weights[row].append(own)
             if self.on_token is not None:
-                self.on_token(row, token, None if weights is None else weights[row])
-            self.finished[row] = token == self.eos_id
+                self.on_token(row, token, own)
+        self.open = [row for row in self.open if self.tokens[row][-1] != self.eos_id]
 
     def generation(self, prompt_weights: Tensor | None) -> Generation:
         """Everything kept, with the prompt's routing weights (B, P, N)."""

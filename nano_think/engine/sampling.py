@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +46,7 @@ def warp(logits: Tensor, config: SamplingConfig) -> Tensor:
     Raises ValueError where no token of a row has a finite logit.
     """
     logits = logits.double()
-    best = logits.max(dim=-1, keepdim=True)
-    if not best.values.isfinite().all():
-        raise ValueError("no token can be drawn: the logits of a row are not finite or all tokens are banned")
+    best = _best(logits)
     if config.temperature == 0:
         return torch.full_like(logits, -math.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
     logits = (logits - best.values) / config.temperature
@@ -83,5 +82,13 @@ def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 def sample(logits: Tensor, config: SamplingConfig, generators: Sequence[torch.Generator]) -> Tensor:
     """Next token ids (B,) for the logits (B, V) of a model; with temperature 0 no random number is used."""
     if config.temperature == 0:
-        return warp(logits, config).argmax(dim=-1)
+        return _best(logits).indices.squeeze(-1)
     return draw(warp(logits, config), generators)
+
+
+def _best(logits: Tensor) -> Any:
+    """Values and indices (..., 1) of the largest logits, the first of equal ones; ValueError if not finite."""
+    best = logits.max(dim=-1, keepdim=True)
+    if not best.values.isfinite().all():
+        raise ValueError("no token can be drawn: the logits of a row are not finite or all tokens are banned")
+    return best
