@@ -110,12 +110,15 @@ class Packer:
         self._items: list[
             tuple[int, Tensor, int]
         ] = []  # kind, addresses of the rows, columns; or -1, bytes, 0
+        self._sizes: list[int] = []
         self._alive: list[Tensor] = []  # what the addresses point to
 
     def vectors(self, *tensors: Tensor) -> None:
         """Vectors (..., n) in fp32."""
         for tensor in tensors:
-            self._items.append((-1, pad_vectors(tensor.float()).flatten().view(torch.uint8), 0))
+            data = pad_vectors(tensor.float()).flatten().view(torch.uint8)
+            self._items.append((-1, data, 0))
+            self._sizes.append(len(data))
 
     def matrix(self, *parts: Tensor, precision: Precision | None = None) -> None:
         """Matrices (rows, cols) below one another, as one."""
@@ -130,15 +133,15 @@ class Packer:
         ]
         self._add(torch.cat(halves, dim=1).flatten(), weights, None)
 
+    @property
+    def size(self) -> int:
+        """Bytes collected so far: where the next item begins."""
+        return sum(self._sizes)
+
     def finish(self) -> Tensor:
         """The packed bytes."""
-        library = load_library()
-        sizes = [
-            len(rows) if kind < 0 else library.packed_bytes(kind, len(rows) // PANEL, cols)
-            for kind, rows, cols in self._items
-        ]
-        packed = buffer(sum(sizes))
-        for (kind, rows, cols), target in zip(self._items, packed.split(sizes), strict=True):
+        library, packed = load_library(), buffer(self.size)
+        for (kind, rows, cols), target in zip(self._items, packed.split(self._sizes), strict=True):
             if kind < 0:
                 target.copy_(rows)
             else:
@@ -148,8 +151,10 @@ class Packer:
 
     def _add(self, rows: Tensor, weights: Sequence[Tensor], precision: Precision | None) -> None:
         rows = F.pad(rows, (0, -len(rows) % PANEL))
+        kind, cols = kind_of(precision or self.precision), weights[0].shape[1]
         self._alive.extend(weights)
-        self._items.append((kind_of(precision or self.precision), rows, weights[0].shape[1]))
+        self._items.append((kind, rows, cols))
+        self._sizes.append(load_library().packed_bytes(kind, len(rows) // PANEL, cols))
 
 
 def _plain(weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -104,30 +104,29 @@ def versions(model: nn.Module) -> list[tuple[int, int]]:
 
 @dataclass
 class PackedPart:
-    """A network: fields of the struct `Part`, its weights, its mixers and the rotation's (dim, theta)."""
+    """A network: fields of the struct `Part`, where its weights begin, its mixers, the rotation's (dim, theta)."""
 
     sizes: dict[str, Any]
-    weights: Tensor
+    offset: int
     mixers: Tensor
     rotation: tuple[int, float] | None
 
 
 @dataclass
 class PackedModel:
-    """A copy of a model's weights in one precision; parts in the order of `networks_of`."""
+    """A copy of a model's weights in one precision, the head's last; parts in the order of `networks_of`.
+
+    sizes: fields of the struct `Model`. router: as that struct has it, None for a single expert.
+    """
 
     precision: Precision
     versions: list[tuple[int, int]]
+    weights: Tensor
     parts: list[PackedPart]
-    head: Tensor
+    head: int
     table: Tensor
-    sizes: dict[str, Any] = field(default_factory=dict)
-    router: Tensor | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that a step reads."""
-        return self.head.numel() + sum(part.weights.numel() for part in self.parts)
+    sizes: dict[str, Any]
+    router: Tensor | None
 
 
 _PACKED: WeakKeyDictionary[nn.Module, PackedModel] = WeakKeyDictionary()
@@ -150,37 +149,44 @@ def packed(model: Any, precision: Precision) -> PackedModel:
 
 
 def _pack(model: Any, precision: Precision) -> PackedModel:
-    head = Packer(precision)
-    head.matrix(model.embedding.weight)
-    made = PackedModel(
-        precision,
-        versions(model),
-        [_pack_part(part, precision) for part in networks_of(model)],
-        head.finish(),
-        model.embedding.weight.detach().contiguous(),
-    )
-    made.sizes = {"vocab_size": model.vocab_size, "d_model": model.embedding.embedding_dim, "num_experts": 1}
+    packer, known = Packer(precision), versions(model)
+    parts = [_pack_part(packer, network) for network in networks_of(model)]
+    head = packer.size
+    packer.matrix(model.embedding.weight)
+    table = model.embedding.weight.detach().contiguous()
+    sizes = {"vocab_size": table.shape[0], "d_model": table.shape[1], "num_experts": 1}
+    router = None
     if type(model) is NanoThink:
-        router = model.router
-        made.sizes |= {
-            "num_experts": len(model.experts),
-            "raw_input": model.expert_input == "raw",
-            "mixes_probabilities": model.fusion == "prob",
-            "span": router.pool.span or 0,
-            "token_term": router.token_weight is not None,
-            "tau": router.tau,
-            "floor": router.floor,
-            "decay": router.pool.decay,
-            "router_eps": router.norm.eps,
-        }
-        token_weight = torch.zeros_like(router.weight) if router.token_weight is None else router.token_weight
-        matrices = pad_vectors(torch.cat((router.weight, token_weight)))
-        made.router = torch.cat((matrices.flatten(), router.bias, model.expert_gain)).detach()
-    return made
+        sizes |= _router_sizes(model)
+        router = _router_weights(model)
+    return PackedModel(precision, known, packer.finish(), parts, head, table, sizes, router)
 
 
-def _pack_part(network: Any, precision: Precision) -> PackedPart:
-    sizes, packer = _sizes(network), Packer(precision)
+def _router_sizes(model: NanoThink) -> dict[str, Any]:
+    router = model.router
+    return {
+        "num_experts": len(model.experts),
+        "raw_input": model.expert_input == "raw",
+        "mixes_probabilities": model.fusion == "prob",
+        "span": router.pool.span or 0,
+        "token_term": router.token_weight is not None,
+        "tau": router.tau,
+        "floor": router.floor,
+        "decay": router.pool.decay,
+        "router_eps": router.norm.eps,
+    }
+
+
+def _router_weights(model: NanoThink) -> Tensor:
+    """Weights, those of the token term or zeros, biases, and the experts' gains, always fp32."""
+    router = model.router
+    token_weight = torch.zeros_like(router.weight) if router.token_weight is None else router.token_weight
+    matrices = pad_vectors(torch.cat((router.weight, token_weight)))
+    return torch.cat((matrices.flatten(), router.bias, model.expert_gain)).detach()
+
+
+def _pack_part(packer: Packer, network: Any) -> PackedPart:
+    sizes, offset = _sizes(network), packer.size
     theta = sizes.pop("rope_theta", None)
     mixers = torch.empty(0, dtype=torch.int8)
     if type(network) is MultiHeadLatentAttention:
@@ -191,7 +197,7 @@ def _pack_part(network: Any, precision: Precision) -> PackedPart:
         mixers = torch.tensor([type(b.mixer) is S6 for b in network.blocks], dtype=torch.int8)
         _pack_stack(packer, network)
     width = sizes.get("rope_dim") or (0 if sizes.get("latent_dim") else sizes.get("head_dim", 0))
-    return PackedPart(sizes, packer.finish(), mixers, (width, theta) if width else None)
+    return PackedPart(sizes, offset, mixers, (width, theta) if width else None)
 
 
 def blocks_of(network: Any) -> list[Any]:

@@ -81,9 +81,14 @@ class NativeStep:
         self._describe()
 
     @property
+    def weights(self) -> Tensor:
+        """The packed bytes."""
+        return self._packed.weights
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one step reads; keys, values and scan states come on top."""
-        return self._packed.num_bytes
+        return self.weights.numel()
 
     @property
     def position(self) -> int:
@@ -183,7 +188,7 @@ class NativeStep:
             table=made.table.data_ptr(),
             router=None if made.router is None else made.router.data_ptr(),
             router_state=self._router_state.data_ptr(),
-            head=made.head.data_ptr(),
+            head=made.weights.data_ptr() + made.head,
             attention=ctypes.pointer(attention[0]) if attention else None,
             experts=(Part * len(experts))(*experts),
         )
@@ -202,7 +207,7 @@ class NativeStep:
         return Part(
             **made.sizes,
             state_bytes=self._states[index].shape[1],
-            weights=made.weights.data_ptr(),
+            weights=self.weights.data_ptr() + made.offset,
             mixers=made.mixers.data_ptr(),
             rope=None if rope is None else rope.data_ptr(),
             noise=None if noise is None else noise.data_ptr(),
