@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nano_think.cache import Cache
-from nano_think.nn.block import init_blocks
+from nano_think.nn.block import init_blocks, product_dtype
 from nano_think.nn.ffn import SwiGLU
 from nano_think.nn.mixers.attention import CausalSelfAttention
 from nano_think.nn.norm import RMSNorm
@@ -25,6 +25,11 @@ KeysValues = tuple[Tensor, Tensor]
 
 class WholeDocuments(Layout):
     """A layout in which a token attends to all of its document, later tokens included: good for analysis only."""
+
+    @property
+    def sight(self) -> tuple[Tensor | None, Tensor | None]:
+        """A mask alone: `first` speaks of causal layouts."""
+        return self.mask, None
 
     @cached_property
     def mask(self) -> Tensor:
@@ -71,16 +76,21 @@ class ModulatedBlock(nn.Module):
     def keys_values(self, x: Tensor, modulation: Tensor, layout: Layout) -> KeysValues:
         """What the clean stream x (B, L, d_model) offers to the queries of both streams."""
         shift, scale = (modulation + self.table).unbind(-2)[:2]
-        return self.mixer.keys_values(self.mixer_norm(x) * (1 + scale) + shift, layout)
+        return self.mixer.keys_values(_modulated(self.mixer_norm, x, shift, scale), layout)
 
     def forward(self, x: Tensor, modulation: Tensor, layout: Layout, keys_values: KeysValues) -> Tensor:
         """x (B, L, d_model) and modulation (..., 6, d_model), broadcast over positions, to the shape of x."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation + self.table).unbind(-2)
-        queries = self.mixer.queries(self.mixer_norm(x) * (1 + scale) + shift, layout)
-        mixed = self.mixer.attend(queries, *keys_values, None if layout.plain else layout.mask)
-        x = x + gate * self.dropout(mixed)
-        fed = self.ffn(self.ffn_norm(x) * (1 + ffn_scale) + ffn_shift)
-        return x + ffn_gate * self.dropout(fed)
+        queries = self.mixer.queries(_modulated(self.mixer_norm, x, shift, scale), layout)
+        mixed = self.mixer.attend(queries, *keys_values, *layout.sight)
+        x = torch.addcmul(x, gate, self.dropout(mixed))
+        fed = self.ffn(_modulated(self.ffn_norm, x, ffn_shift, ffn_scale))
+        return torch.addcmul(x, ffn_gate, self.dropout(fed))
+
+
+def _modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift, rounded once for all the products that read it."""
+    return torch.addcmul(shift, norm(x), 1 + scale).to(product_dtype(x))
 
 
 class TwoStreamDenoiser(nn.Module):

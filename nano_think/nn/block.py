@@ -36,7 +36,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """(B, L, d_model) to the same shape."""
-        return self._feed(x + self.dropout(self.mixer(self.mixer_norm(x, _product_dtype(x)), layout)))
+        return self._feed(x + self.dropout(self.mixer(self.mixer_norm(x, product_dtype(x)), layout)))
 
     def init_state(self, batch: int, max_len: int, max_rollback: int = 0) -> State:
         """The mixer's decode state: nothing else in a block looks back."""
@@ -44,13 +44,13 @@ class Block(nn.Module):
 
     def extend(self, x: Tensor, state: State) -> Tensor:
         """(B, n, d_model) new positions after those in `state`."""
-        return self._feed(x + self.mixer.extend(self.mixer_norm(x, _product_dtype(x)), state))
+        return self._feed(x + self.mixer.extend(self.mixer_norm(x, product_dtype(x)), state))
 
     def _feed(self, x: Tensor) -> Tensor:
-        return x if self.ffn is None else x + self.dropout(self.ffn(self.ffn_norm(x, _product_dtype(x))))
+        return x if self.ffn is None else x + self.dropout(self.ffn(self.ffn_norm(x, product_dtype(x))))
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """What autocast would cast the norm's output to, once for every projection that reads it."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -71,7 +71,7 @@ class ExpertInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_model) to the same shape."""
-        return self.adaptor(self.norm(x, _product_dtype(x)))
+        return self.adaptor(self.norm(x, product_dtype(x)))
 
 
 RESIDUAL_OUTPUTS = ("out_proj", "down_proj")

@@ -51,7 +51,8 @@ class _RMSNorm(torch.autograd.Function):
         if weight is None:
             mean, d_normed = product.mean(dim=-1, keepdim=True), upstream
         else:
-            d_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype)
+            if ctx.needs_input_grad[1]:
+                d_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype)
             mean = (product @ weight.to(product.dtype)).unsqueeze(-1).div_(x.shape[-1])
             d_normed = upstream * weight
         dx = torch.addcmul(d_normed, normed, mean, value=-1).mul_(inverse)

@@ -72,6 +72,11 @@ class Layout:
         visible = causal & same & ~self.pads.unsqueeze(1)
         return (visible | torch.eye(length, dtype=torch.bool, device=order.device)).unsqueeze(1)
 
+    @property
+    def sight(self) -> tuple[Tensor | None, Tensor | None]:
+        """`mask` and `first` as `attention` takes them: at most one, none where only the causal order counts."""
+        return None, None if self.plain else self.first
+
     def angles(self, dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """Rotary cosines and sines (B, 1, L, dim / 2) of the positions, computed once per layout."""
         key = (dim, theta)

@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """(B, L, d_model) to the same shape; token t sees tokens <= t of its own document."""
         k, v = self.keys_values(x, layout)
-        return self.attend(self.queries(x, layout), k, v, None, None if layout.plain else layout.first)
+        return self.attend(self.queries(x, layout), k, v, *layout.sight)
 
     def init_state(self, batch: int, max_len: int, max_rollback: int = 0) -> AppendState:
         """Room for keys and values; any rollback is possible, so `max_rollback` asks for nothing."""

@@ -244,8 +244,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, memory: Slots | None = None) -> Tensor:
         """(B, L, d_model) to the same shape; token t sees tokens <= t of its document and its own slots."""
-        mask = None if layout.plain else layout.mask
-        return self._attend(x, layout, self.heads.entries(x, layout), mask, memory)
+        return self._attend(x, layout, self.heads.entries(x, layout), memory)
 
     def init_state(self, batch: int, max_len: int, max_rollback: int = 0) -> AppendState:
         """Room for what `entries` caches; any rollback is possible, so `max_rollback` asks for nothing."""
@@ -262,9 +261,7 @@ class LatentAttention(nn.Module):
         layout = Layout.span(state.length, x.shape[1], x.device)
         entries = self.heads.entries(x, layout)
         entries = dict(zip(entries, state.append(**entries), strict=True))
-        return self._attend(
-            x, layout, entries, None, memory, x.shape[1] == 1 if absorbed is None else absorbed
-        )
+        return self._attend(x, layout, entries, memory, x.shape[1] == 1 if absorbed is None else absorbed)
 
     @torch.no_grad()
     def slot_mass(self, x: Tensor, layout: Layout, memory: Slots) -> tuple[Tensor, Tensor]:
@@ -284,7 +281,6 @@ class LatentAttention(nn.Module):
         x: Tensor,
         layout: Layout,
         entries: Entries,
-        mask: Tensor | None,
         memory: Slots | None,
         absorbed: bool = False,
     ) -> Tensor:
@@ -293,13 +289,14 @@ class LatentAttention(nn.Module):
         tokens = form(self.heads.rotate(q, layout), entries)
         visible = visible_slots(memory)
         if memory is None or visible is None:
-            mixed = attention(*tokens, mask, causal=mask is None)
+            mask, first = layout.sight
+            mixed = attention(*tokens, mask, causal=mask is None, first=first)
         else:
             # slots have no position, so they meet the queries before rotation
             slots = form(q, self.heads.entries(self._reader()(memory), None))
-            if mask is None:
-                mask = offset_causal_mask(x.shape[1], tokens.k.shape[2], x.device)
-            weights = self._weights(tokens, slots, mask, visible)
+            num_keys = tokens.k.shape[2]
+            seen = offset_causal_mask(x.shape[1], num_keys, x.device) if layout.plain else layout.mask
+            weights = self._weights(tokens, slots, seen, visible)
             mixed = weights @ torch.cat((tokens.v, slots.v.to(tokens.v.dtype)), dim=2)
         if absorbed:
             mixed = self.heads.values_of(mixed)
