@@ -148,25 +148,43 @@ class NanoThink(nn.Module):
         they are. knock_out: experts whose weight becomes 0 while the others are scaled up to sum to 1.
         """
         layout = Layout.of(tokens, layout)
+        context, hidden = self.expert_outputs(tokens, layout, memory)
+        routed = self.router(context, layout, memory)
+        return self._output(context, hidden, self._choose(routed, weights, knock_out), with_logits)
+
+    def expert_outputs(
+        self, tokens: Tensor, layout: Layout | None = None, memory: Slots | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The context and every expert's output by name, (B, L, d) each: all that is there before routing."""
+        layout = Layout.of(tokens, layout)
         e = self.embedding(tokens)
         context = self.mla(e, layout, memory) if self.mla else e
-        routed = self.router(context, layout, memory)
         hidden = {
             name: expert(self._expert_input(name, tokens, e, context), layout)
             for name, expert in self._networks()
         }
-        return self._output(context, hidden, self._choose(routed, weights, knock_out), with_logits)
+        return context, hidden
 
     def nll(self, output: LMOutput, labels: Tensor) -> Tensor:
         """-log p(label) (B, L) in nats, 0 where the label is -100."""
         if output.hidden is not None:
             return linear_cross_entropy(output.hidden, self.embedding.weight, labels)
         assert output.weights is not None
+        return self.pooled_nll(output.weights, self.expert_nll(output.expert_hidden, labels), labels)
+
+    def expert_nll(self, expert_hidden: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """-log p(label) by every expert alone, (B, L, N) in nats, 0 where the label is -100."""
+        # a token counts for an expert as much as the pool trusts it there
         per_expert = [
-            linear_cross_entropy(gain * output.expert_hidden[name], self._head(name), labels)
+            linear_cross_entropy(gain * expert_hidden[name], self._head(name), labels, uniform=False)
             for name, gain in zip(self.experts, self.expert_gain, strict=True)
         ]
-        pooled = -(_log(output.weights) - torch.stack(per_expert, dim=-1)).logsumexp(dim=-1)
+        return torch.stack(per_expert, dim=-1)
+
+    @staticmethod
+    def pooled_nll(weights: Tensor, expert_nll: Tensor, labels: Tensor) -> Tensor:
+        """-log sum_e w_e p_e(label) (B, L) of weights and losses (B, L, N), 0 where the label is -100."""
+        pooled = -(_log(weights) - expert_nll).logsumexp(dim=-1)
         return pooled.masked_fill(labels == IGNORED, 0.0)
 
     def token_nll(
@@ -263,8 +281,11 @@ class NanoThink(nn.Module):
     def mix(self, expert_hidden: Mapping[str, Tensor], weights: Tensor) -> Tensor:
         """sum_e w_e s_e o_e. No norm and no bias follow: they would break the geometric pool."""
         scale = weights * self.expert_gain
-        terms = [scale[..., i, None] * expert_hidden[name] for i, name in enumerate(self.experts)]
-        return torch.stack(terms).sum(dim=0)
+        first, *others = (expert_hidden[name] for name in self.experts)
+        mixed = scale[..., :1] * first
+        for i, hidden in enumerate(others, start=1):
+            mixed = torch.addcmul(mixed, scale[..., i, None], hidden)
+        return mixed
 
     def _linear_pool(self, expert_hidden: Mapping[str, Tensor], weights: Tensor) -> Tensor:
         """log sum_e w_e softmax(s_e l_e), added up expert by expert so that two tables of logits are held."""

@@ -35,7 +35,7 @@ class TokenDataModule(L.LightningDataModule):
 
     A batch is a dict of int64 tensors: `tokens labels positions segments doc_uid cluster` (B, L), described
         in
-    `packing.py`, and `domain` (B,), an index into `domains`.
+    `packing.py`, and `domain` and `row` (B,), an index into `domains` and the row's number there.
 
     Args:
         shards_dir: directory made by `build_shards`.
@@ -149,6 +149,11 @@ class TokenDataModule(L.LightningDataModule):
         reader = self._reader(split)
         chosen = _interleaved(reader.rows_per_domain, rows)[self._rank :: self._world]
         return self._loader(_EvalBatches(reader, chosen, batch_size or self.batch_size))
+
+    def num_rows(self, split: str, rows: int | None = None) -> int:
+        """How many rows `dataloader` passes over, on all ranks together."""
+        counts = self._reader(split).rows_per_domain
+        return sum(count if rows is None else min(count, rows) for count in counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the training sequence and the settings that define it."""

@@ -112,10 +112,11 @@ class RowReader:
         return pad_row(tokens, docs, row_ends, row, self.seq_len, self.shards.pad_id)
 
     def batch(self, draws: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """Rows stacked to (B, L) int64 tensors, and their `domain` (B,)."""
+        """Rows stacked to (B, L) int64 tensors, their `domain` (B,) and their number in it, `row` (B,)."""
         rows = [self.row(domain, row) for domain, row in draws]
         batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-        batch["domain"] = torch.tensor([domain for domain, _ in draws], dtype=torch.int64)
+        domains, numbers = zip(*draws, strict=True)
+        batch["domain"], batch["row"] = torch.tensor(domains), torch.tensor(numbers)
         return batch
 
     def _stream(self, domain: int) -> tuple[np.ndarray, Documents, np.ndarray | None]:

@@ -7,6 +7,7 @@ the selected weights of the one before, and what it gains is therefore its own.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from nano_think.retrieval import leaky_settings
 
 if TYPE_CHECKING:
     from nano_think.data.module import TokenDataModule
+    from nano_think.tasks.expert_cache import ExpertCache
 
 STAGES = ("7a", "7b", "7c", "7d")
 SPLIT = "fusion_train"
@@ -181,9 +183,9 @@ def _outputs(model: NanoThink, data: TokenDataModule, num_tokens: int) -> tuple[
     labels: list[Tensor] = []
     for batch in data.dataloader(SPLIT, rows=rows):
         valid = batch["labels"] != -100
-        output = model(batch["tokens"], Layout(batch["positions"], batch["segments"]), with_logits=False)
+        _, outputs = model.expert_outputs(batch["tokens"], Layout(batch["positions"], batch["segments"]))
         for name, gain in zip(model.experts, model.expert_gain, strict=True):
-            hidden[name].append(gain * output.expert_hidden[name][valid])
+            hidden[name].append(gain * outputs[name][valid])
         labels.append(batch["labels"][valid])
     return {name: torch.cat(parts)[:num_tokens] for name, parts in hidden.items()}, torch.cat(labels)[
         :num_tokens
@@ -199,6 +201,7 @@ def _train(run: Run, maker: Maker, stage: str, fit: Fit, path: Path) -> dict[str
     model, data, tokenizer = start.model, fit.data(), start.tokenizer
     fit.seed_everything()
     memory = _memory(run, maker, model, data) if stage == "7d" else None
+    cache = expert_cache(run, fit, model, data, run.work_dir(maker)) if stage == "7b" else None
     training = run.plain(run.cfg.training.mla)
     scale = {"router": training["router_lr_scale"]} if stage != "7b" else None
     options = {key: training[key] for key in ("anchor", "entropy_token", "entropy_mean", "memory_dropout")}
@@ -209,6 +212,7 @@ def _train(run: Run, maker: Maker, stage: str, fit: Fit, path: Path) -> dict[str
         stage=stage,
         slots=memory.slots if memory else None,
         seed=run.cfg.seed,
+        cache=cache,
         **fit.factories(scale),
         **options,
     )
@@ -219,6 +223,37 @@ def _train(run: Run, maker: Maker, stage: str, fit: Fit, path: Path) -> dict[str
         save_memory(memory, path / "memory")
         result["memory"] = memory.figures
     return result
+
+
+def expert_cache(
+    run: Run, fit: Fit, model: NanoThink, data: TokenDataModule, folder: Path
+) -> ExpertCache | None:
+    """What keeps the experts' outputs in 7b, in memory or on disk as they fit; None to recompute them."""
+    from nano_think.tasks.expert_cache import ExpertCache, bytes_a_token
+
+    settings = run.plain(run.cfg.training.mla.cache)
+    if settings["mode"] not in ("auto", "off"):
+        raise UserError(f"training.mla.cache.mode={settings['mode']} is unknown: choose auto or off")
+    if settings["mode"] == "off":
+        return None
+    steps, _ = fit.steps(data)
+    drawn = steps * fit.accumulate * data.batch_size
+    rows = min(drawn, data.num_rows(SPLIT)) + data.num_rows(data.val_split, data.val_rows)
+    size = rows * data.seq_len * bytes_a_token(model) / 1e9
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free / 1e9
+    said = f"7b keeps what the experts say of {rows} rows instead of computing it every time they come"
+    if size <= settings["memory_gb"]:
+        run.say(f"{said}: up to {size:.2g} GB in memory (training.mla.cache.mode=off recomputes)")
+        return ExpertCache(model, rows)
+    if size <= min(settings["disk_gb"], free / 2):
+        run.say(f"{said}: up to {size:.2g} GB on disk, more than training.mla.cache.memory_gb")
+        return ExpertCache(model, rows, folder)
+    run.say(
+        f"7b computes the experts' outputs anew every time: keeping them would take {size:.2g} GB, more than "
+        "training.mla.cache.memory_gb and disk_gb or half of the free disk"
+    )
+    return None
 
 
 def _memory(run: Run, maker: Maker, model: NanoThink, data: TokenDataModule) -> Memory:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from nano_think.metrics.routing import RoutingStats, entropy
-from nano_think.model import NanoThink
+from nano_think.model import LMOutput, NanoThink
 from nano_think.nn.leaks import leaks, refusal
 from nano_think.ops.seeding import mixed_seed
 from nano_think.optim.anchor import AnchoredDecay
 from nano_think.tasks.base import Batch, FitTask, OptimizerFactory, ScheduleFactory
+from nano_think.tasks.expert_cache import ExpertCache
 
 # What each stage trains, as prefixes of parameter names. Experts are in none of them.
 TRAINABLE = {
@@ -34,7 +35,8 @@ class RouteTask(FitTask):
     entropy_token: weight of mean_t H(w_t); positive sharpens every token's choice.
     entropy_mean: weight of -H(mean_t w_t); positive spreads the average use of experts.
     slots: memory of a batch (7d); memory_dropout: share of training rows that go without it.
-    Raises ValueError for a network or a memory that reads later tokens.
+    cache: of what this network's experts say of a row (7b), for batches that name their rows.
+    Raises ValueError for a network or a memory that reads later tokens, and for a cache in another stage than 7b.
     """
 
     def __init__(
@@ -51,14 +53,17 @@ class RouteTask(FitTask):
         slots: SlotSource | None = None,
         memory_dropout: float = 0.5,
         seed: int = 0,
+        cache: ExpertCache | None = None,
     ) -> None:
         super().__init__(network, optimizer, schedule, domains, byte_lengths)
+        if cache is not None and stage != "7b":
+            raise ValueError(f"stage {stage} trains what the experts read: their outputs cannot be kept")
         # of slots that are a method of a memory, the memory knows what they are made with
         if found := leaks(network, getattr(slots, "__self__", None)):
             raise ValueError(refusal(found))
         self.stage, self.anchor, self.slots = stage, anchor, slots
         self.entropy_token, self.entropy_mean = entropy_token, entropy_mean
-        self.memory_dropout, self.seed = memory_dropout, seed
+        self.memory_dropout, self.seed, self.cache = memory_dropout, seed, cache
         self.val_routing = RoutingStats(list(network.experts), self.domains)
         network.freeze_experts()
         set_trainable(network, stage)
@@ -68,7 +73,7 @@ class RouteTask(FitTask):
 
     def batch_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over valid labels: cross-entropy, the entropies that were asked for, and the loss."""
-        nll, weights = self._forward(batch, self._slots(batch, self.memory_dropout))
+        nll, weights = self._forward("train", batch, self._slots(batch, self.memory_dropout))
         valid = batch["labels"] != -100
         sums = {"cross_entropy": nll.sum(), "loss": nll.sum()}
         chosen = weights[valid]
@@ -82,7 +87,7 @@ class RouteTask(FitTask):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect losses and routing statistics; memory is always on where there is one."""
-        nll, weights = self._forward(batch, self._slots(batch, 0.0))
+        nll, weights = self._forward("validation", batch, self._slots(batch, 0.0))
         self.validate_tokens(nll, batch)
         self.val_routing.update(weights, batch["domain"], batch["positions"], batch["labels"] != -100)
 
@@ -105,9 +110,17 @@ class RouteTask(FitTask):
             AnchoredDecay(table, self._reference[0], self.anchor).attach(configured["optimizer"])
         return configured
 
-    def _forward(self, batch: Batch, memory: Any) -> tuple[Tensor, Tensor]:
-        output = self.network(batch["tokens"], self.layout(batch), memory, with_logits=False)
-        return self.network.nll(output, batch["labels"]), output.weights
+    def _forward(self, split: str, batch: Batch, memory: Any) -> tuple[Tensor, Tensor]:
+        network, layout, labels = self.network, self.layout(batch), batch["labels"]
+        if self.cache is None:
+            output = network(batch["tokens"], layout, memory, with_logits=False)
+            return network.nll(output, labels), output.weights
+        kept = self.cache(split, batch)
+        weights = network.router(kept.context, layout)
+        if kept.nll is not None:
+            return network.pooled_nll(weights, kept.nll, labels), weights
+        hidden = network.mix(kept.expert_hidden, weights)
+        return network.nll(LMOutput(None, weights, hidden, kept.context, kept.expert_hidden), labels), weights
 
     def _slots(self, batch: Batch, dropout: float) -> Any:
         if self.slots is None:
@@ -124,13 +137,17 @@ class RouteTask(FitTask):
 def set_trainable(model: NanoThink, stage: str) -> list[str]:
     """Let exactly the declared set of `stage` receive gradients; returns the names.
 
+    Where probabilities are mixed, 7b leaves the experts' gains as they are: what an expert says of a label is then
+    fixed, and the router learns from one number an expert and token.
     Raises ValueError for a stage without training (7a is a convex fit).
     """
     if stage not in TRAINABLE:
         raise ValueError(f"stage {stage} trains nothing; choose from {', '.join(TRAINABLE)}")
-    names = []
+    names, prefixes = [], TRAINABLE[stage]
+    if stage == "7b" and model.fusion == "prob":
+        prefixes = ("router.",)
     for name, parameter in model.named_parameters():
-        trained = name.startswith(TRAINABLE[stage]) and (stage == "7d" or MEMORY_PART not in name)
+        trained = name.startswith(prefixes) and (stage == "7d" or MEMORY_PART not in name)
         parameter.requires_grad_(trained)
         if trained:
             names.append(name)

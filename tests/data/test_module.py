@@ -99,7 +99,7 @@ def test_shapes_of_every_split(make, split: str, mode: str, workers: int) -> Non
     batches = list(module.train_dataloader()) + list(module.dataloader(split))
     for batch in batches:
         rows = len(batch["domain"])
-        assert set(batch) == FIELDS | {"domain"}
+        assert set(batch) == FIELDS | {"domain", "row"}
         assert all(batch[name].shape == (rows, 16) for name in FIELDS)
         assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     assert all(len(batch["domain"]) == 5 for batch in module.train_dataloader())

@@ -130,7 +130,7 @@ def test_reader_stacks_rows_of_any_domain(make_shards, mode: str) -> None:
     assert reader.rows_per_domain == [3, 1]
     batch = reader.batch([(1, 0), (0, 2), (0, 0)])
     assert batch["domain"].tolist() == [1, 0, 0]
-    assert set(batch) == {*FIELDS, "domain"}
+    assert set(batch) == {*FIELDS, "domain", "row"}
     for name in FIELDS:
         assert batch[name].dtype == torch.int64
         assert batch[name].shape == (3, 4)

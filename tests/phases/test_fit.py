@@ -87,7 +87,7 @@ def test_an_interrupted_expert_goes_on_to_the_same_bits(project, interrupt, prin
     assert [step for step, _ in one["history"]] == [0, 4, 8, 9]
 
 
-@pytest.mark.parametrize("stage", ["7c", pytest.param("7d", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["7b", "7c", pytest.param("7d", marks=pytest.mark.slow)])
 def test_an_interrupted_stage_goes_on_to_the_same_bits(stage, built, interrupt, printed):
     """The anchor still pulls to the start of the stage, and dropped memory rows are the same."""
     settings = ("phase=mla", "expert=all", "++prereq.expert.trainer.max_steps=6", "trainer.max_steps=6")

@@ -12,7 +12,7 @@ from nano_think.ops.layout import Layout
 from nano_think.ops.pooling import pool_nll
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.fit import Fit
-from nano_think.phases.mla import mla_maker, stages_of
+from nano_think.phases.mla import expert_cache, mla_maker, stages_of
 
 EXPERTS = ("transformer", "diffuser", "state_space")
 
@@ -22,6 +22,12 @@ def _data(run, split):
     numbers = {"lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "batch_size": 8, "accumulate": 1}
     numbers |= {"max_epochs": 1, "max_steps": None, "patience": 0}
     return Fit(run, maker.needs["shards"], numbers, "x", split).data()
+
+
+def _fit(run):
+    numbers = {"lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "batch_size": 8, "accumulate": 1}
+    numbers |= {"max_epochs": 1, "max_steps": 3, "patience": 0}
+    return Fit(run, mla_maker(run, "7a").needs["shards"], numbers, "x", "fusion_train")
 
 
 def _stage(built, stage):
@@ -117,6 +123,41 @@ def test_step_0_of_7b_is_the_static_pool(built):
     data = _data(run, "fusion_train")
     loss = _loss(lambda b, layout: model.token_nll(b["tokens"], b["labels"], layout), data.val_dataloader())
     assert first == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "folder"),
+    [
+        ((), "in memory", None),
+        (("training.mla.cache.memory_gb=0",), "on disk", "cache"),
+        (("training.mla.cache.memory_gb=0", "training.mla.cache.disk_gb=0"), "anew every time", ...),
+        (("training.mla.cache.mode=off",), "", ...),
+    ],
+)
+def test_7b_keeps_expert_outputs_where_they_fit_and_says_so(settings, said, folder, built, tmp_path, printed):
+    model = _stage(built, "7a").model
+    run = built.new("phase=mla", "expert=all", "++prereq.expert.trainer.max_steps=6", *settings)
+    fit = _fit(run)
+    data = fit.data()
+    cache = expert_cache(run, fit, model, data, tmp_path / "cache")
+    assert said in printed(run)
+    assert bool(printed(run)) == bool(said)
+    if folder is ...:
+        assert cache is None
+    else:
+        assert cache.folder == (folder and tmp_path / folder)
+        rows = min(3 * 8, sum(data._reader("fusion_train").rows_per_domain))
+        assert cache.rows == rows + len([1 for batch in data.val_dataloader() for _ in batch["row"]])
+
+
+def test_an_unknown_way_to_keep_them_is_refused(built, tmp_path):
+    run = built.new("phase=mla", "expert=all", "training.mla.cache.mode=always")
+    with pytest.raises(UserError, match="choose auto or off"):
+        expert_cache(run, _fit(run), None, None, tmp_path)
+
+
+def test_a_run_says_that_7b_keeps_them(built, printed):
+    assert "7b keeps what the experts say" in printed(built.first)
 
 
 def test_experts_are_the_same_bits_from_pre_training_to_the_last_stage(built):
