@@ -29,7 +29,7 @@ def expert_maker(run: Run, name: str) -> Maker:
     """The expert `name`, with the experts it needs: a teacher, or the owner of the shared table."""
     training = run.plain(run.cfg.training[name])
     shards = shards_maker(run)
-    fit = Fit(run, shards, training, name, train_split="expert_train")
+    fit = Fit(run, shards, training, name, train_split="expert_train", key=f"training.{name}")
     own_table = training["trains_embedding"] or run.cfg.expert.embed == "own"
     needs = {need: expert_maker(_run_of(run, need), need) for need in _needs(run, name, training)}
     network = run.plain(run.cfg.experts[name])

@@ -30,13 +30,13 @@ class Fit:
 
     training: the numbers of the phase or expert (lr, weight_decay, warmup_steps, batch_size, accumulate,
     max_epochs, max_steps, patience); the `optimizer` and `trainer` nodes win where they are not null.
-    label: name of the fit on screen and of its folder of logs.
+    label: name of the fit on screen and of its folder of logs. key: of `training` in the settings.
     """
 
     def __init__(
-        self, run: Run, shards: Maker, training: dict[str, Any], label: str, train_split: str
+        self, run: Run, shards: Maker, training: dict[str, Any], label: str, train_split: str, key: str
     ) -> None:
-        self.run, self.shards, self.label, self.train_split = run, shards, label, train_split
+        self.run, self.shards, self.label, self.train_split, self.key = run, shards, label, train_split, key
         self.trainer = {key: value for key, value in run.plain(run.cfg.trainer).items() if value is not None}
         self.optimizer = run.plain(run.cfg.optimizer)
         asked = {key: self.trainer[key] for key in ("max_steps", "max_epochs") if key in self.trainer}

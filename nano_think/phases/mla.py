@@ -52,7 +52,7 @@ def mla_maker(run: Run, stage: str) -> Maker:
     training = run.plain(run.cfg.training.mla)
     own = training.get(f"stage_{stage}", {})
     numbers = {**training, "lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "max_steps": None, **own}
-    fit = Fit(run, shards_maker(run), numbers, f"mla_{stage}", train_split=SPLIT)
+    fit = Fit(run, shards_maker(run), numbers, f"mla_{stage}", train_split=SPLIT, key="training.mla")
     spec = {"experts": list(run.cfg.expert.names), "seed": run.cfg.seed}
     needs: dict[str, Maker] = {"shards": fit.shards}
     if stage == "7a":

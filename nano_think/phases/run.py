@@ -234,7 +234,7 @@ def versions() -> dict[str, Any]:
         "commit": _commit(),
         "python": sys.version.split()[0],
         "packages": packages,
-        "machine": f"{platform.machine()}, {_processor()}",
+        "machine": f"{platform.machine()}, {processor()}",
     }
 
 
@@ -248,7 +248,8 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Number and name of the processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import signal
 import warnings
 from pathlib import Path
@@ -22,8 +21,10 @@ from nano_think.callbacks.selection import ValidationSelection
 from nano_think.callbacks.step_seed import StepSeed
 from nano_think.data.module import TokenDataModule
 from nano_think.optim.schedule import capped_warmup
+from nano_think.phases import arithmetic, memory
 from nano_think.phases.choices import Choices
 from nano_think.phases.fit import Fit
+from nano_think.phases.probe import PROBE_TOKENS, Probe, float32_matmul
 from nano_think.tasks.base import FitTask
 
 # A validation an epoch, in short runs about ten in all, but not more often than every 100 steps.
@@ -58,10 +59,11 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
     # patience counts epochs, the callback validations
     patience = math.ceil(fit.training["patience"] * max(1.0, per_epoch / interval))
     selection = ValidationSelection(patience, capped_warmup(fit.training["warmup_steps"], max_steps))
-    choices = made_choices(fit, work)
-    trainer = _trainer(fit, task, selection, max_steps, interval, per_epoch, work, choices["precision"])
+    choices = _prepare(fit, task, data, work)
+    how = choices["arithmetic"]
+    trainer = _trainer(fit, task, selection, max_steps, interval, per_epoch, work, how["precision"])
     newest = _newest(work) if fit.run.cfg.resume == "auto" else None
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), float32_matmul(how["float32_matmul"]):
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
@@ -74,18 +76,43 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
             # Lightning's answer to Ctrl+C: it exits the process and leaves it deaf to another one
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from error
-    return {**_result(fit, trainer, selection, per_epoch), "choices": choices}
+    result = {**_result(fit, trainer, selection, per_epoch), "choices": choices}
+    fit.run.record_fit(fit.label, peak_memory_gb=result["peak_memory_gb"])
+    fit.run.say(f"[dim]{fit.label}: {result['peak_memory_gb']:.2f} GB at the peak[/dim]")
+    return result
 
 
-def made_choices(fit: Fit, work: Path) -> dict[str, Any]:
-    """Everything that is chosen by the machine and not by the user, by name; also in the manifest of the run.
+def _prepare(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[str, Any]:
+    """What the machine chooses and not the user, by name, after one look at the memory the fit will take.
 
-    A choice is made at the first start and reused by one that resumes, see `phases.choices`.
+    Both go into the manifest. A choice is made at the first start and reused by one that resumes, see
+    `phases.choices`.
     """
     choices = Choices(work, reuse=fit.run.cfg.resume == "auto")
-    choices.choose("precision", lambda: resolve_precision(fit.run.cfg.precision))
-    fit.run.record_fit(fit.label, choices=choices.made)
-    return dict(choices.made)
+    asked = fit.run.cfg.precision
+    memory.forget_peak()
+    if torch.cuda.is_available():
+        choices.choose("arithmetic", lambda: arithmetic.on_gpu(asked))
+        fit.run.record_fit(fit.label, choices=choices.made)
+        return dict(choices.made)
+    probe = Probe(task, _few_rows(fit, data))
+    how = choices.choose("arithmetic", lambda: arithmetic.settle(probe, asked))
+    if not arithmetic.fp32_stays(how["float32_matmul"]):
+        how = {**how, "float32_matmul": "highest"}  # resumed on another processor
+    expected = memory.estimate(probe, how["precision"], fit.training["batch_size"])
+    fit.run.record_fit(fit.label, choices=choices.made, estimated_memory_gb=expected.in_gb())
+    speed = "" if how["precision"] == asked else f", {how['precision']} as the faster"
+    fit.run.say(f"[dim]{fit.label}: about {expected.peak / memory.GB:.2f} GB at the peak{speed}[/dim]")
+    if said := memory.warning(expected, memory.available(), f"{fit.key}.batch_size", fit.accumulate):
+        fit.run.say(f"[yellow]warning: {said}[/yellow]")
+    return {**choices.made, "arithmetic": how}
+
+
+def _few_rows(fit: Fit, data: TokenDataModule) -> dict[str, torch.Tensor]:
+    """The first rows of the split that is trained on: as many as a probe wants, at most a batch."""
+    rows = min(fit.training["batch_size"], max(1, PROBE_TOKENS // data.seq_len))
+    with torch.random.fork_rng(devices=[]):  # an iterator of a loader draws a seed
+        return next(iter(data.dataloader(fit.train_split, rows=rows, batch_size=rows)))
 
 
 def _interval(fit: Fit, max_steps: int, per_epoch: int) -> int:
@@ -156,15 +183,8 @@ def _result(fit: Fit, trainer: L.Trainer, selection: ValidationSelection, per_ep
         "best_step": selection.best_step,
         "val_loss": selection.best,
         "history": selection.history,
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "peak_memory_gb": round(memory.peak() / memory.GB, 3),
     }
-
-
-def resolve_precision(name: str) -> str:
-    """`auto` is bf16 autocast on a GPU and plain fp32 on a CPU; anything else is Lightning's name."""
-    if name != "auto":
-        return name
-    return "bf16-mixed" if torch.cuda.is_available() else "32-true"
 
 
 def _newest(work: Path) -> str | None:

@@ -44,7 +44,14 @@ class FitTask(L.LightningModule):
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.domains = list(domains)
         self.val_loss = DomainLoss(self.domains, byte_lengths)
-        self._pending_labels = 0
+        self._pending_labels: Tensor | float = 0.0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and number of the training batch in the whole fit, for seeds; (0, 0) where no fit is going on."""
+        if self._trainer is None:
+            return 0, 0
+        return self.trainer.current_epoch, self.trainer.fit_loop.total_batch_idx
 
     def batch_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over valid labels by name; `loss` is the one that is minimised."""
@@ -53,9 +60,11 @@ class FitTask(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Scaled sum of the batch, see the class docstring."""
         sums = self.batch_loss(batch)
-        labels = int((batch["labels"] != -100).sum())
-        self._pending_labels += labels
-        means = {f"train/{name}": value.detach() / max(labels, 1) for name, value in sums.items()}
+        labels = (
+            batch["labels"] != -100
+        ).sum()  # stays on its device: reading it here would wait for the step
+        self._pending_labels = self._pending_labels + labels
+        means = {f"train/{name}": value.detach() / labels.clamp_min(1) for name, value in sums.items()}
         self.log("train/loss", means.pop("train/loss"), prog_bar=True)
         if means:
             self.log_dict(means)
@@ -65,13 +74,13 @@ class FitTask(L.LightningModule):
         """Turn the scaled sums of all micro-batches into the mean over their labels, those of all ranks."""
         constant = self.rows_times_length * self.trainer.accumulate_grad_batches
         # The gradient is already the mean over ranks; a factor of each rank's own would drive them apart.
-        labels = torch.tensor(float(self._pending_labels), device=self.device)
+        labels = torch.as_tensor(self._pending_labels, dtype=torch.float32, device=self.device)
         labels = self.trainer.strategy.reduce(labels, reduce_op="mean")
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(constant / max(float(labels), 1.0))
-        self._pending_labels = 0
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        torch._foreach_mul_(gradients, constant / labels.clamp_min(1.0))
+        self._pending_labels = 0.0
 
     def configure_gradient_clipping(
         self,

@@ -51,7 +51,7 @@ class DenoiseTask(FitTask):
         if mse_of not in ("x0", "prediction"):
             raise ValueError(f"mse_of must be x0 or prediction, not {mse_of!r}")
         self.mse_weight, self.ce_weight, self.mse_of = mse_weight, ce_weight, mse_of
-        self.time_sampler, self.seed = time_sampler, seed
+        self.time_sampler, self.seed, self._batch_idx = time_sampler, seed, 0
         train_T, d_model = network.expert.schedule.train_T, network.expert.d_model
         self.val_error = DenoisingError(NUM_BUCKETS, train_T, d_model)
         self.val_error_pure_noise = DenoisingError(1, train_T, d_model)
@@ -66,7 +66,7 @@ class DenoiseTask(FitTask):
 
     def batch_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over valid labels of the loss and its two parts."""
-        expert, generator = self.network.expert, self._generator(self.trainer.current_epoch, self._batch_idx)
+        expert, generator = self.network.expert, self._generator(self.place[0], self._batch_idx)
         target, valid = self.targets(batch)
         x0 = expert.standardise(target)
         tau = sample_timesteps(tuple(valid.shape), expert.schedule.train_T, generator, self.time_sampler)

@@ -128,7 +128,7 @@ class RouteTask(FitTask):
         memory = self.slots(batch)
         if memory is None or not dropout:
             return memory
-        seed = mixed_seed(self.seed, self.trainer.fit_loop.total_batch_idx)
+        seed = mixed_seed(self.seed, self.place[1])
         generator = torch.Generator().manual_seed(seed)
         keep = torch.rand(len(batch["tokens"]), generator=generator) >= dropout
         return memory.dropped(keep.to(batch["tokens"].device))

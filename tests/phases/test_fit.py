@@ -11,7 +11,7 @@ import torch
 from nano_think.artifacts.checkpoint import load_checkpoint, load_tensors
 from nano_think.errors import UserError
 from nano_think.ops.layout import Layout
-from nano_think.phases import trainer
+from nano_think.phases import arithmetic, trainer
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.fit import Fit
 from nano_think.phases.mla import mla_maker
@@ -113,20 +113,23 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(stage, built, interrupt, 
 def test_a_resumed_fit_keeps_what_was_chosen_for_it(project, interrupt, monkeypatch):
     """Chosen at the first start, in the manifest of both runs and in the provenance; the artefact is the same."""
     settings = ("phase=expert", "expert=transformer", "trainer.max_steps=4")
-    monkeypatch.setattr(trainer, "resolve_precision", lambda name: "bf16-mixed")
+    slow, fast = (
+        {"precision": p, "float32_matmul": "highest", "seconds": {}} for p in ("32-true", "bf16-mixed")
+    )
+    monkeypatch.setattr(arithmetic, "settle", lambda probe, precision: fast)
     interrupt(2)
     with pytest.raises(KeyboardInterrupt):
         project.phase(*settings)
-    monkeypatch.setattr(trainer, "resolve_precision", lambda name: "32-true")
+    monkeypatch.setattr(arithmetic, "settle", lambda probe, precision: slow)
     interrupt(None)
     resumed = project.phase(*settings)
     for folder in (project.root / "runs" / "1", resumed):
         manifest = json.loads((folder / "manifest.json").read_text())
-        assert manifest["fits"]["transformer"]["choices"]["precision"] == "bf16-mixed"
+        assert manifest["fits"]["transformer"]["choices"]["arithmetic"] == fast
     run = project.new(*settings)
     maker = expert_maker(run, "transformer")
     assert maker.recipe.exists(run.artifacts)
-    assert run.result_of(maker.recipe.path(run.artifacts))["choices"]["precision"] == "bf16-mixed"
+    assert run.result_of(maker.recipe.path(run.artifacts))["choices"]["arithmetic"] == fast
 
 
 def test_resume_never_starts_anew(project, interrupt, printed):
@@ -148,7 +151,7 @@ def test_the_selected_loss_is_that_of_the_saved_weights(built):
     checkpoint = load_checkpoint(folder)
     run = built.new("phase=expert", "expert=transformer", "trainer.max_steps=6")
     maker = expert_maker(run, "transformer")
-    data = Fit(run, maker.needs["shards"], NUMBERS, "x", "expert_train").data()
+    data = Fit(run, maker.needs["shards"], NUMBERS, "x", "expert_train", "training.transformer").data()
     nll = tokens = 0.0
     with torch.no_grad():
         for batch in data.val_dataloader():

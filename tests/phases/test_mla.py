@@ -21,7 +21,7 @@ def _data(run, split):
     maker = mla_maker(run, "7a")
     numbers = {"lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "batch_size": 8, "accumulate": 1}
     numbers |= {"max_epochs": 1, "max_steps": None, "patience": 0}
-    return Fit(run, maker.needs["shards"], numbers, "x", split).data()
+    return Fit(run, maker.needs["shards"], numbers, "x", split, "training.mla").data()
 
 
 def _fit(run):

@@ -1,0 +1,117 @@
+"""How a fit computes its products on this machine, settled by timing its own step and proved by its values.
+
+Neither follows from a processor's name. bf16 products are twice as fast as fp32 ones on one AVX-512 core and half
+as fast on another, and which of torch's two libraries for fp32 products is ahead differs too. The library is
+chosen by `float32_matmul_precision`: "medium" allows oneDNN to round to bf16, which it does only where the
+processor has units for it, so that elsewhere it is fp32 by another library. A product tells which.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nano_think.files import hash_json, write_json
+from nano_think.ops.native import cache_folder
+from nano_think.phases.probe import Probe, Step, float32_matmul
+from nano_think.phases.run import processor
+
+FP32, BF16 = "32-true", "bf16-mixed"
+ROUNDS = 3
+# Seconds a step below which another arithmetic is not worth a look, and what it has to gain.
+SHORTEST, GAIN = 0.02, 1.05
+# Relative error of loss and gradient against plain fp32 that is still the same training.
+TOLERANCES = {FP32: (1e-5, 1e-3), BF16: (2e-2, 0.1)}
+
+
+def settle(probe: Probe, precision: str, memory: Path | None = None) -> dict[str, Any]:
+    """The fastest safe arithmetic of a task on a CPU: {precision, float32_matmul, seconds by candidate}.
+
+    precision: `auto`, or Lightning's name of the one to be used, which leaves the library to be chosen.
+    memory: folder in which the machine remembers what it measured for networks and batches of these shapes; the
+    user's cache folder by default. What it remembers is the same in each run, so that two runs agree to the bit.
+    """
+    candidates = list(_candidates(precision))
+    if len(candidates) == 1:
+        return _chosen(*candidates[0])
+    path = (memory or cache_folder() / "measured") / f"{_key(probe, candidates)}.json"
+    if not path.is_file():
+        write_json(path, _measure(probe, candidates))
+    known: dict[str, Any] = json.loads(path.read_text())
+    return known
+
+
+def on_gpu(precision: str) -> dict[str, Any]:
+    """On a GPU `auto` is bf16 where the device computes it; its products are faster there by design."""
+    if precision == "auto":
+        precision = BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else FP32
+    return _chosen(precision, torch.get_float32_matmul_precision())
+
+
+def fp32_stays(setting: str) -> bool:
+    """Whether products of fp32 matrices and batches of them are fp32 arithmetic under a setting of torch's."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [((256, 320), (320, 192)), ((4, 128, 64), (4, 64, 128))]
+    with float32_matmul(setting):
+        for left, right in shapes:
+            a, b = torch.randn(left, generator=generator), torch.randn(right, generator=generator)
+            exact = a.double() @ b.double()
+            # bf16 keeps 8 bits: its error is a thousand times that of fp32
+            if float(((a @ b).double() - exact).abs().max() / exact.abs().max()) > 1e-5:
+                return False
+    return True
+
+
+def _candidates(precision: str) -> Iterator[tuple[str, str]]:
+    """Precision and setting for fp32 products; the first is what the others have to beat."""
+    if precision in ("auto", FP32):
+        yield FP32, "highest"
+        if fp32_stays("medium"):
+            yield FP32, "medium"
+    if precision == "auto":
+        yield BF16, "highest"
+    elif precision != FP32:
+        yield precision, torch.get_float32_matmul_precision()
+
+
+def _measure(probe: Probe, candidates: list[tuple[str, str]]) -> dict[str, Any]:
+    steps = {candidate: probe.step(*candidate) for candidate in candidates}
+    plain = steps[candidates[0]]
+    safe = [candidate for candidate in candidates if _same(plain, steps[candidate], TOLERANCES[candidate[0]])]
+    seconds: dict[tuple[str, str], float] = {}
+    for _ in range(ROUNDS):
+        for candidate in safe:
+            taken = probe.step(*candidate).seconds
+            seconds[candidate] = min(taken, seconds.get(candidate, taken))
+        if seconds[candidates[0]] < SHORTEST:
+            safe = candidates[:1]
+    first, best = candidates[0], min(safe, key=seconds.__getitem__)
+    chosen = best if seconds[first] >= GAIN * seconds[best] else first
+    return _chosen(*chosen, {" ".join(c): round(s, 4) for c, s in seconds.items()})
+
+
+def _chosen(precision: str, matmul: str, seconds: dict[str, float] | None = None) -> dict[str, Any]:
+    return {"precision": precision, "float32_matmul": matmul, "seconds": seconds or {}}
+
+
+def _same(plain: Step, other: Step, tolerances: tuple[float, float]) -> bool:
+    loss = abs(other.loss - plain.loss) / max(abs(plain.loss), 1e-12)
+    apart = _norm([a - b for a, b in zip(other.gradients, plain.gradients, strict=True)])
+    return loss <= tolerances[0] and apart <= tolerances[1] * _norm(plain.gradients)
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([tensor.double().norm() for tensor in tensors]).norm())
+
+
+def _key(probe: Probe, candidates: list[tuple[str, str]]) -> str:
+    """What a measurement is of: machine, threads, libraries, shapes of all parameters and of the rows."""
+    shapes = [[n, list(p.shape), p.requires_grad] for n, p in probe.task.network.named_parameters()]
+    machine = [torch.__version__, torch.get_num_threads(), processor()]
+    rows = list(probe.batch["tokens"].shape)
+    return hash_json([machine, type(probe.task).__name__, shapes, rows, candidates])
