@@ -1,129 +1,180 @@
-// Causal depthwise convolution over documents, forward and backward:
+// Causal depthwise convolution over documents, with the SiLU behind it where asked for, forward and backward:
 //
-//   y[t] = bias + sum_j weight[j] x[t - j] over the taps j for which t - j lies in the row and in t's document.
+//   a[t] = bias + sum_j weight[j] x[t - j] over the taps j for which t - j lies in the row and in t's document,
+//   y[t] = a[t] or a[t] sigmoid(a[t]).
 //
 // x, y (batch, length, channels) are fp32 or bf16, x with `x_step` elements between positions; weight (taps,
 // channels) with the current position first, bias (channels), all arithmetic fp32; segments (batch, length) int64
 // or null. The gradients of weight (batch, taps, channels) and bias (batch, channels) are summed by the caller.
+// The backward pass computes a[t] again: that is cheaper than to read it from memory.
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
-#include <cstring>
+#include <vector>
+
+#include "simd.h"
 
 namespace {
 
-constexpr int64_t kGroup = 128;  // channels one thread works on at a time
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float read(float value) { return value; }
-inline float read(bf16 value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-inline void write(float* to, float value) { *to = value; }
-inline void write(bf16* to, float value) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to->bits = uint16_t(value != value ? 0x7fc0u : rounded);
-}
+constexpr int64_t kGroup = 384;               // channels one thread works on at a time
+constexpr int64_t kBlocks = kGroup / kLanes;  // and their vectors
 
 struct Shape {
   int64_t batch, length, channels, taps, x_step;
+  const float *weight, *bias;
+  const int64_t* segments;
+  bool silu;
 };
 
-// A group of channels of one row; its members begin at the first channel of the group.
+// Where one tap of the current position finds what it needs, at the first channel of the group.
+template <class T>
+struct Tap {
+  const Vec* weight;
+  Vec* sums;        // of its weight's gradient
+  const T* x;       // the input it reads
+  const Vec* later; // the gradient that reaches the current input through it
+};
+
+// A group of channels of one row; weights and sums lie in whole vectors, the last of which may be partly unused.
 template <class T>
 struct Part {
   const Shape& s;
-  int64_t row, first, width;
-  const float* weight;
-  const int64_t* segments;
+  int64_t row, first, width, blocks;
+  std::vector<Vec> weight, bias;           // (tap, block), (block)
+  std::vector<Vec> weight_sums, bias_sums;
+  std::vector<Vec> ring;                   // gradients of the last `taps` sums a[t]: an input's is made of as many
+  std::vector<Tap<T>> open;
 
-  Part(const Shape& s, int64_t part, const float* weight, const int64_t* segments)
-      : s(s), weight(weight) {
+  Part(const Shape& s, int64_t part)
+      : s(s), weight(s.taps * kBlocks), bias(kBlocks), weight_sums(s.taps * kBlocks), bias_sums(kBlocks),
+        ring(s.taps * kBlocks) {
     const int64_t groups = (s.channels + kGroup - 1) / kGroup;
     row = part / groups;
     first = part % groups * kGroup;
     width = std::min(kGroup, s.channels - first);
-    this->segments = segments ? segments + row * s.length : nullptr;
-    this->weight += first;
+    blocks = (width + kLanes - 1) / kLanes;
+    for (int64_t b = 0; b < blocks; ++b) {
+      bias[b] = load(s.bias + first + b * kLanes, left(b));
+      for (int64_t j = 0; j < s.taps; ++j)
+        weight[j * kBlocks + b] = load(s.weight + j * s.channels + first + b * kLanes, left(b));
+    }
   }
 
-  const T* input(const T* x, int64_t t) const { return x + (row * s.length + t) * s.x_step + first; }
-  T* output(T* y, int64_t t) const { return y + (row * s.length + t) * s.channels + first; }
-  const T* output(const T* y, int64_t t) const { return y + (row * s.length + t) * s.channels + first; }
+  int64_t left(int64_t block) const { return width - block * kLanes; }
+  int64_t at(int64_t t) const { return (row * s.length + t) * s.channels + first; }  // of an output
+  Vec* kept(int64_t t) { return &ring[t % s.taps * kBlocks]; }
+
   bool reaches(int64_t t, int64_t j) const {  // may position t read position t - j?
-    return t < s.length && t >= j && (!segments || segments[t] == segments[t - j]);
+    const int64_t* segments = s.segments + row * s.length;
+    return t < s.length && t >= j && (!s.segments || segments[t] == segments[t - j]);
   }
 
-  void forward(const T* x, const float* bias, T* y) const {
-    float sums[kGroup];
+  void open_taps(int64_t t, const T* x) {  // those by which position t reads
+    open.clear();
+    for (int64_t j = 0; j < s.taps; ++j)
+      if (reaches(t, j))
+        open.push_back({&weight[j * kBlocks], &weight_sums[j * kBlocks],
+                        x + (row * s.length + t - j) * s.x_step + first, nullptr});
+  }
+
+  void open_readers(int64_t t) {  // those by which position t is read
+    open.clear();
+    for (int64_t j = 0; j < s.taps; ++j)
+      if (reaches(t + j, j)) open.push_back({&weight[j * kBlocks], nullptr, nullptr, kept(t + j)});
+  }
+
+  // `work` with the open taps; where they are as many as usual, as a copy whose loops are unrolled.
+  template <class Work>
+  void with_taps(Work work) const {
+    if (open.size() == 4)
+      work(std::array<Tap<T>, 4>{open[0], open[1], open[2], open[3]});
+    else
+      work(open);
+  }
+
+  template <class Taps>
+  Vec sum(const Taps& taps, int64_t b) const {
+    Vec total = bias[b];
+    for (const Tap<T>& tap : taps) total += tap.weight[b] * load(tap.x + b * kLanes, left(b));
+    return total;
+  }
+
+  void forward(const T* x, T* y) {
     for (int64_t t = 0; t < s.length; ++t) {
-      std::copy(bias + first, bias + first + width, sums);
-      for (int64_t j = 0; j < s.taps; ++j) {
-        if (!reaches(t, j)) continue;
-        const T* from = input(x, t - j);
-        for (int64_t c = 0; c < width; ++c) sums[c] += weight[j * s.channels + c] * read(from[c]);
-      }
-      T* to = output(y, t);
-      for (int64_t c = 0; c < width; ++c) write(to + c, sums[c]);
+      open_taps(t, x);
+      with_taps([&](const auto& taps) {
+        for (int64_t b = 0; b < blocks; ++b) {
+          const Vec a = sum(taps, b);
+          store(y + at(t) + b * kLanes, s.silu ? a * sigmoid(a) : a, left(b));
+        }
+      });
     }
   }
 
-  void backward(const T* x, const T* dy, T* dx, float* dweight, float* dbias) const {
-    float sums[kGroup];
-    dweight += row * s.taps * s.channels + first;
-    dbias += row * s.channels + first;
-    for (int64_t j = 0; j < s.taps; ++j) std::fill_n(dweight + j * s.channels, width, 0.0f);
-    std::fill_n(dbias, width, 0.0f);
-    for (int64_t t = 0; t < s.length; ++t) {
-      std::fill_n(sums, width, 0.0f);
-      const T *grad = output(dy, t);
-      for (int64_t c = 0; c < width; ++c) dbias[c] += read(grad[c]);
-      for (int64_t j = 0; j < s.taps; ++j) {
-        if (reaches(t + j, j)) {
-          const T* later = output(dy, t + j);
-          for (int64_t c = 0; c < width; ++c) sums[c] += weight[j * s.channels + c] * read(later[c]);
-        }
-        if (reaches(t, j)) {
-          const T* from = input(x, t - j);
-          float* to = dweight + j * s.channels;
-          for (int64_t c = 0; c < width; ++c) to[c] += read(grad[c]) * read(from[c]);
-        }
-      }
-      T* to = output(dx, t);
-      for (int64_t c = 0; c < width; ++c) write(to + c, sums[c]);
+  void backward(const T* x, const T* dy, T* dx, float* dweight, float* dbias) {
+    for (int64_t t = 0; t < s.length + s.taps - 1; ++t) {
+      if (t < s.length) sum_gradient(t, x, dy);
+      if (t >= s.taps - 1) input_gradient(t - (s.taps - 1), dx);
     }
+    for (int64_t b = 0; b < blocks; ++b) {
+      store(dbias + row * s.channels + first + b * kLanes, bias_sums[b], left(b));
+      for (int64_t j = 0; j < s.taps; ++j) {
+        float* to = dweight + (row * s.taps + j) * s.channels + first + b * kLanes;
+        store(to, weight_sums[j * kBlocks + b], left(b));
+      }
+    }
+  }
+
+  void sum_gradient(int64_t t, const T* x, const T* dy) {
+    open_taps(t, x);
+    with_taps([&, now = kept(t)](const auto& taps) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        Vec grad = load(dy + at(t) + b * kLanes, left(b));
+        if (s.silu) grad *= silu_slope(sum(taps, b));
+        now[b] = grad;
+        bias_sums[b] += grad;
+        for (const Tap<T>& tap : taps) tap.sums[b] += grad * load(tap.x + b * kLanes, left(b));
+      }
+    });
+  }
+
+  void input_gradient(int64_t t, T* dx) {
+    open_readers(t);
+    with_taps([&](const auto& taps) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        Vec total{};
+        for (const Tap<T>& tap : taps) total += tap.weight[b] * tap.later[b];
+        store(dx + at(t) + b * kLanes, total, left(b));
+      }
+    });
+  }
+
+  static Vec silu_slope(Vec a) {
+    const Vec gate = sigmoid(a);
+    return gate * (1.0f + a * (1.0f - gate));
   }
 };
 
 // Parts share nothing, so that the number of threads changes no bit.
 template <class T, class Work>
-void for_all_parts(const Shape& s, const float* weight, const int64_t* segments, int threads, Work work) {
+void for_all_parts(const Shape& s, int threads, Work work) {
   const int64_t parts = s.batch * ((s.channels + kGroup - 1) / kGroup);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t part = 0; part < parts; ++part) work(Part<T>(s, part, weight, segments));
+  for (int64_t number = 0; number < parts; ++number) {
+    Part<T> part(s, number);
+    work(part);
+  }
 }
 
 template <class T>
-void forward(const Shape& s, const void* x, const float* weight, const float* bias, const int64_t* segments,
-             void* y, int threads) {
-  for_all_parts<T>(s, weight, segments, threads, [&](const Part<T>& part) {
-    part.forward(static_cast<const T*>(x), bias, static_cast<T*>(y));
-  });
+void forward(const Shape& s, const void* x, void* y, int threads) {
+  for_all_parts<T>(s, threads, [&](Part<T>& part) { part.forward(static_cast<const T*>(x), static_cast<T*>(y)); });
 }
 
 template <class T>
-void backward(const Shape& s, const void* x, const float* weight, const int64_t* segments, const void* dy,
-              void* dx, float* dweight, float* dbias, int threads) {
-  for_all_parts<T>(s, weight, segments, threads, [&](const Part<T>& part) {
+void backward(const Shape& s, const void* x, const void* dy, void* dx, float* dweight, float* dbias, int threads) {
+  for_all_parts<T>(s, threads, [&](Part<T>& part) {
     part.backward(static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx), dweight, dbias);
   });
 }
@@ -133,16 +184,16 @@ void backward(const Shape& s, const void* x, const float* weight, const int64_t*
 extern "C" {
 
 void conv_forward(const void* x, const float* weight, const float* bias, const int64_t* segments, void* y,
-                  int64_t batch, int64_t length, int64_t channels, int64_t taps, int64_t x_step, int half,
+                  int64_t batch, int64_t length, int64_t channels, int64_t taps, int64_t x_step, int silu, int half,
                   int threads) {
-  const Shape s{batch, length, channels, taps, x_step};
-  (half ? forward<bf16> : forward<float>)(s, x, weight, bias, segments, y, threads);
+  const Shape s{batch, length, channels, taps, x_step, weight, bias, segments, silu != 0};
+  (half ? forward<bf16> : forward<float>)(s, x, y, threads);
 }
 
-void conv_backward(const void* x, const float* weight, const int64_t* segments, const void* dy, void* dx,
-                   float* dweight, float* dbias, int64_t batch, int64_t length, int64_t channels, int64_t taps,
-                   int64_t x_step, int half, int threads) {
-  const Shape s{batch, length, channels, taps, x_step};
-  (half ? backward<bf16> : backward<float>)(s, x, weight, segments, dy, dx, dweight, dbias, threads);
+void conv_backward(const void* x, const float* weight, const float* bias, const int64_t* segments, const void* dy,
+                   void* dx, float* dweight, float* dbias, int64_t batch, int64_t length, int64_t channels,
+                   int64_t taps, int64_t x_step, int silu, int half, int threads) {
+  const Shape s{batch, length, channels, taps, x_step, weight, bias, segments, silu != 0};
+  (half ? backward<bf16> : backward<float>)(s, x, dy, dx, dweight, dbias, threads);
 }
 }

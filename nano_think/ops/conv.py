@@ -18,6 +18,7 @@ def causal_conv(
     bias: Tensor | None = None,
     segments: Tensor | None = None,
     window: Tensor | None = None,
+    silu: bool = False,
 ) -> Tensor:
     """out[t] = bias + sum_j weight[:, K - 1 - j] x[t - j], each channel by itself; (B, L, d), dtype of x.
 
@@ -25,17 +26,18 @@ def causal_conv(
     segments: (B or 1, L), the document of every position; taps that lie in another one count as zero. None: one
     document a row.
     window: (B, d, K - 1), the inputs before the first position, of the same document; None: zeros.
+    silu: silu(out) instead, rounded once.
 
     Compiled for sequences in fp32 or bf16 with fp32 weights on the CPU, `plain_conv` otherwise and for single
     positions.
     """
     if x.shape[1] > 1 and fits(x, weight):
         if window is None:
-            return CppConv.apply(x, weight, bias, segments)
+            return CppConv.apply(x, weight, bias, segments, silu)
         if segments is None:
             taps = weight.shape[1]
-            return CppConv.apply(extend_window(x, window, taps), weight, bias, None)[:, taps - 1 :]
-    return plain_conv(x, weight, bias, segments, window)
+            return CppConv.apply(extend_window(x, window, taps), weight, bias, None, silu)[:, taps - 1 :]
+    return plain_conv(x, weight, bias, segments, window, silu)
 
 
 def plain_conv(
@@ -44,11 +46,13 @@ def plain_conv(
     bias: Tensor | None = None,
     segments: Tensor | None = None,
     window: Tensor | None = None,
+    silu: bool = False,
 ) -> Tensor:
     """`causal_conv` in plain tensor operations, on any device and in any dtype."""
     history = extend_window(x, window, weight.shape[1]).to(weight.dtype)
     out = _CausalConv.apply(history, weight, segments)
-    return (out if bias is None else out + bias).to(x.dtype)
+    out = out if bias is None else out + bias
+    return (F.silu(out) if silu else out).to(x.dtype)
 
 
 def extend_window(x: Tensor, window: Tensor | None, taps: int) -> Tensor:

@@ -125,7 +125,7 @@ def _pack(inputs: ScanInputs) -> ScanInputs:
 
 
 def _pad(tensor: Tensor, channels: int, axis: int = -1) -> Tensor:
-    """The axis of channels padded with zeros to a multiple of the vector width; `tensor` itself where it is one."""
+    """The axis of channels padded with zeros to a multiple of the vector width, `tensor` where it is one."""
     missing = -channels % CHANNEL_MULTIPLE
     if not missing:
         return tensor

@@ -59,6 +59,23 @@ inline void store(bf16* p, Vec v) {  // to nearest, ties to even
   std::memcpy(p, &halves, sizeof halves);
 }
 
+// The first `count` lanes only, where fewer than kLanes are there; the others are 0.
+template <class T>
+inline Vec load(const T* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, count * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+inline void store(T* p, Vec v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, count * sizeof(T));
+}
+
 inline float scalar(float value) { return value; }
 inline float scalar(bf16 value) { return bits_of<float>(uint32_t(value.bits) << 16); }
 

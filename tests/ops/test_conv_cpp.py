@@ -37,17 +37,19 @@ def values_and_gradients(
     bias: Tensor | None,
     upstream: Tensor,
     segments: Tensor | None,
+    silu: bool = False,
 ) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
-    y = function(*leaves[:2], leaves[2] if bias is not None else None, segments)
+    y = function(*leaves[:2], leaves[2] if bias is not None else None, segments, silu=silu)
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("documents", ["one", "shared", "own"])
 def test_fp32_equals_the_plain_convolution(
-    shape: tuple[int, int, int, int], with_bias: bool, documents: str
+    shape: tuple[int, int, int, int], with_bias: bool, silu: bool, documents: str
 ) -> None:
     """Values and gradients to 1e-5."""
     x, weight, bias, upstream = tensors(*shape)
@@ -57,20 +59,21 @@ def test_fp32_equals_the_plain_convolution(
         "own": random_segments(*shape[:2]),
     }[documents]
     results = [
-        values_and_gradients(function, x, weight, bias if with_bias else None, upstream, segments)
+        values_and_gradients(function, x, weight, bias if with_bias else None, upstream, segments, silu)
         for function in (causal_conv, plain_conv)
     ]
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bf16_costs_one_rounding(shape: tuple[int, int, int, int]) -> None:
+def test_bf16_costs_one_rounding(shape: tuple[int, int, int, int], silu: bool) -> None:
     """Against fp32 on the same rounded inputs: 2^-8 of an entry of y or dx, 1e-5 for the parameters."""
     x, weight, bias, upstream = tensors(*shape, dtype=torch.bfloat16)
     segments = random_segments(*shape[:2])
-    actual = values_and_gradients(causal_conv, x, weight, bias, upstream, segments)
-    exact = values_and_gradients(plain_conv, x.float(), weight, bias, upstream.float(), segments)
+    actual = values_and_gradients(causal_conv, x, weight, bias, upstream, segments, silu)
+    exact = values_and_gradients(plain_conv, x.float(), weight, bias, upstream.float(), segments, silu)
     assert [t.dtype for t in actual] == [torch.bfloat16] * 2 + [torch.float32] * 2
     for value, expected, rtol in zip(actual, exact, (2**-8, 2**-8, 1e-5, 1e-5), strict=True):
         torch.testing.assert_close(value.float(), expected, rtol=rtol, atol=1e-5)

@@ -82,7 +82,7 @@ class S6(nn.Module):
         """(B, L, d_model) to the same shape; token t sees tokens <= t of its own document."""
         u, z = self._split(self.in_proj(x))
         segments = None if layout.plain else layout.segments
-        u = F.silu(causal_conv(u, self.conv_weight, self.conv_bias, segments))
+        u = causal_conv(u, self.conv_weight, self.conv_bias, segments, silu=True)
         selection = self._select(u)
         starts = None
         if not layout.plain:
@@ -106,7 +106,7 @@ class S6(nn.Module):
         """Read n new positions (B, n, d_model) after those in `state`."""
         u, z = self._split(self.in_proj(x))
         history = extend_window(u, state["window"], self.d_conv)
-        u = F.silu(causal_conv(u, self.conv_weight, self.conv_bias, window=state["window"]))
+        u = causal_conv(u, self.conv_weight, self.conv_bias, window=state["window"], silu=True)
         selection = self._select(u)
         outputs = []
         for piece in state.pieces(x.shape[1]):

@@ -59,7 +59,7 @@ class SSD(nn.Module):
         """(B, L, d_model) to the same shape; token t sees tokens <= t of its own document."""
         z, mixed, dt = self._split(self.in_proj(x))
         segments = None if layout.plain else layout.segments
-        mixed = F.silu(causal_conv(mixed, self.conv_weight, self.conv_bias, segments))
+        mixed = causal_conv(mixed, self.conv_weight, self.conv_bias, segments, silu=True)
         starts = None
         if not layout.plain:
             dt = dt.masked_fill(layout.pads.unsqueeze(-1), 0)  # a pad leaves the state as it is
@@ -81,7 +81,7 @@ class SSD(nn.Module):
         """Read n new positions (B, n, d_model) after those in `state`."""
         z, mixed, dt = self._split(self.in_proj(x))
         history = extend_window(mixed, state["window"], self.d_conv)
-        mixed = F.silu(causal_conv(mixed, self.conv_weight, self.conv_bias, window=state["window"]))
+        mixed = causal_conv(mixed, self.conv_weight, self.conv_bias, window=state["window"], silu=True)
         outputs = []
         for piece in state.pieces(x.shape[1]):
             y, scan = self._scan(mixed[:, piece], dt[:, piece], state=state["scan"])
