@@ -18,8 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from nano_think.ops.top_k import GROUP, exact_top_k
+
 # The GPU indexes of FAISS select at most this many neighbours.
 GPU_MAX_K = 2048
+# From so many queries, and so many pairs of query and vector, one matrix product is faster than FAISS's scan of
+# all vectors for each query (`python -m benchmarks search`).
+PRODUCT_QUERIES, PRODUCT_PAIRS = 4, 1 << 16
 
 
 class VectorIndex(Protocol):
@@ -164,6 +169,9 @@ class TorchIndex:
 class FlatIndex:
     """FAISS `IndexFlatIP`: exact inner products (the cosine, for unit vectors).
 
+    Many queries on the CPU are answered by `exact_top_k` from FAISS's own memory instead: FAISS multiplies
+    matrices only from 128,000 queries on.
+
     Args:
         on_gpu: keep the vectors on the first GPU (a FAISS built for GPUs is needed, see `gpu_ready`).
     """
@@ -179,6 +187,7 @@ class FlatIndex:
 
     def reset(self) -> None:
         self._index = self._to_device(self._faiss.IndexFlatIP(self.d_model))
+        self._largest_norm = 0.0
 
     def _to_device(self, index: Any) -> Any:
         if self._resources is None:
@@ -194,12 +203,12 @@ class FlatIndex:
 
     def add(self, vectors: np.ndarray) -> None:
         """See `VectorIndex.add`; raises ValueError as `checked_vectors` does."""
-        self._index.add(checked_vectors(vectors, self.d_model))
+        self._index.add(self._noted(checked_vectors(vectors, self.d_model)))
 
     def replace(self, slots: np.ndarray, vectors: np.ndarray) -> None:
         # Written in place, because remove_ids would shift every later id. A GPU index makes a round trip.
         index = self._on_cpu()
-        self._memory(index)[slots] = checked_vectors(vectors, self.d_model)
+        self._memory(index)[slots] = self._noted(checked_vectors(vectors, self.d_model))
         self._index = index if self._resources is None else self._to_device(index)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -207,9 +216,27 @@ class FlatIndex:
         wanted = min(k, len(self))
         if wanted == 0 or len(queries) == 0:
             return _padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0)), k)
+        if self._product_is_faster(len(queries), wanted):
+            keys = torch.from_numpy(self._memory(self._index))
+            found = exact_top_k(torch.from_numpy(queries), keys, wanted, self._largest_norm)
+            return _padded(found[0].numpy(), found[1].numpy(), k)
         index = self._on_cpu() if wanted > GPU_MAX_K else self._index
         scores, ids = index.search(queries, wanted)
         return _padded(scores, ids, k)
+
+    def _product_is_faster(self, queries: int, k: int) -> bool:
+        return (
+            self._resources is None
+            and queries >= PRODUCT_QUERIES
+            and queries * len(self) >= PRODUCT_PAIRS
+            and k * GROUP <= len(self)
+        )
+
+    def _noted(self, vectors: np.ndarray) -> np.ndarray:
+        """The vectors; the longest norm ever stored is what the rounding of a product is bounded by."""
+        longest = float(np.linalg.norm(vectors, axis=1).max(initial=0.0))
+        self._largest_norm = max(self._largest_norm, longest)
+        return vectors
 
     def vectors(self) -> np.ndarray:
         if len(self) == 0:

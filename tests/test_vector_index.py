@@ -192,3 +192,28 @@ def test_missing_gpu_and_missing_faiss_warn_once(monkeypatch):
 
     monkeypatch.setattr(vector_index, "import_faiss", missing)
     assert asked_for_twice("ivf", gpu=None, match="faiss is not installed") == [TorchIndex, TorchIndex]
+
+
+def test_many_queries_take_the_product_and_few_the_scan_with_the_same_ids(monkeypatch):
+    keys = unit(4000, 32)
+    keys[1000:1500] = keys[2000:2500]  # copies
+    index = FlatIndex(32)
+    index.add(keys[:3000])
+    index.add(keys[3000:])
+    index.replace(np.arange(10, 20), 3 * keys[20:30])
+    keys[10:20] = 3 * keys[20:30]
+    asked = []
+    plain = vector_index.exact_top_k
+    monkeypatch.setattr(
+        vector_index, "exact_top_k", lambda *args: asked.append(args[-1]) or plain(*args), raising=True
+    )
+    queries = keys[:2200:10]
+    scores, ids = index.search(queries, 5)
+    assert asked == [pytest.approx(3, rel=1e-5)]
+    true_scores, true_ids = brute_force(queries, keys, 5)
+    np.testing.assert_array_equal(ids, true_ids)
+    np.testing.assert_allclose(scores, true_scores, atol=3e-6)
+    few = [index.search(query[None], 5) for query in queries[:40]]
+    index.search(queries, 100)  # more than a few percent of the store
+    assert len(asked) == 1
+    np.testing.assert_allclose(np.concatenate([s for s, _ in few]), scores[:40], atol=3e-6)

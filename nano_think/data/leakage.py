@@ -19,7 +19,7 @@ from nano_think.data.workers import Workers
 
 OVERLAP_WORDS = 13
 # Held-out n-grams are looked up in batches of this many, so that memory stays flat.
-_BATCH_NGRAMS = 4_000_000
+_BATCH_NGRAMS = 2_000_000
 
 
 def leakage_report(
@@ -94,7 +94,7 @@ class _Known:
 
     def __init__(self, hashes: np.ndarray) -> None:
         self.hashes = hashes
-        bits = min(28, max(8, len(hashes).bit_length() + 3))
+        bits = min(28, max(8, len(hashes).bit_length() + 2))
         self._shift = np.uint64(64 - bits)
         self._taken = np.zeros(1 << bits, dtype=bool)
         self._taken[hashes >> self._shift] = True

@@ -126,9 +126,9 @@ class _Worker:
         assert self._process.stdout is not None
         known = function is self._function
         self._function = function
-        request = pickle.dumps((None if known else function, item), protocol=pickle.HIGHEST_PROTOCOL)
+        request = (None if known else function, item)
         try:
-            self._process.stdin.write(request)
+            pickle.dump(request, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
             self._process.stdin.flush()
             succeeded, value = pickle.load(self._process.stdout)
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
