@@ -26,6 +26,7 @@ enum class Kind { fp32, bf16, int8 };
 
 constexpr int kVectors = 4;
 constexpr int64_t kPanel = kVectors * kLanes;
+constexpr int64_t kAhead = 16384;  // bytes fetched before their use where one pass does
 constexpr int32_t kUpper = int32_t(0xFFFF0000);
 
 // Rows in a pass: 24 vectors of sums where there are 32 registers of that size.
@@ -223,7 +224,7 @@ class Stream {
       const char* panel = at_ + p * bytes;
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t first = x.rows * pass / passes, last = x.rows * (pass + 1) / passes;
-        const char* next = panel + bytes + bytes * pass / passes;
+        const char* next = panel + (passes == 1 ? kAhead : bytes + bytes * pass / passes);
         product_of<K>(last - first, passes, panel, next, x, first, cols, sums);
         for (int64_t row = first; row < last; ++row) use(row, p, sums[row - first]);
       }

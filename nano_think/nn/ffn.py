@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nano_think.ops.unrecorded import apply
+
 
 class SwiGLU(nn.Module):
     """W_down (SiLU(W_gate x) * W_up x), three matrices without bias (Shazeer, arXiv 2002.05202, eq. 6)."""
@@ -26,7 +28,7 @@ class SwiGLU(nn.Module):
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up of equal shapes; SiLU(gate) is computed again in the backward pass, not kept."""
-    gated: Tensor = _GatedSiLU.apply(gate, up)
+    gated: Tensor = apply(_GatedSiLU, gate, up)
     return gated
 
 

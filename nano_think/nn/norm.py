@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nano_think.ops.unrecorded import apply
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), times a learned gain unless `gain=False`. Computed in fp32 (fp64 in fp64)."""
@@ -19,7 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """(..., d_model) to the same shape, in `dtype` or that of x: one rounding, at the end."""
-        normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps, dtype or x.dtype)
+        normed: Tensor = apply(_RMSNorm, x, self.weight, self.eps, dtype or x.dtype)
         return normed
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nano_think.ops.unrecorded import apply
+
 RopeLayout = Literal["half", "interleaved"]
 
 
@@ -30,7 +32,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout = "half")
     """
     if layout not in ("half", "interleaved"):
         raise ValueError(f"rope layout must be 'half' or 'interleaved', not {layout!r}")
-    rotated: Tensor = _Rotation.apply(x, cos, sin, layout)
+    rotated: Tensor = apply(_Rotation, x, cos, sin, layout)
     return rotated
 
 
