@@ -2,8 +2,8 @@
 
 A product of single precision says where the best can be; which they are, and in which order, is decided by the
 double-precision products of those few. With unit roundoff u = 2^-24 a product of d terms, summed in any order,
-with or without fused multiply-add, is off by at most e = d u / (1 - d u) |q| |x| (Higham, Accuracy and Stability of
-Numerical Algorithms, section 3.1), so a vector whose product lies more than 2 e below the k-th best one is not
+with or without fused multiply-add, is off by at most e = d u / (1 - d u) |q| |x| (Higham, Accuracy and Stability
+of Numerical Algorithms, section 3.1), so a vector whose product lies more than 2 e below the k-th best one is not
 among the best k.
 
 Letters: Q queries, N keys, d width.
