@@ -38,6 +38,7 @@ LLAMA_RIVALS: dict[Precision, tuple[llama_cpp.Kind, ...]] = {
 }
 HF_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 READ = "read the fp32 weights"
+SLOW = 3  # rounds of the peers that take seconds a unit
 LONG = 4096  # context of the state-space cases, against the prompt's
 NOTES = (
     "The share of the reading speed counts the weights alone; keys and values come on top.",
@@ -67,10 +68,16 @@ def group(options: Options) -> Group:
     rivals: tuple[str, ...] = ("plain fp32",)
     if installed("transformers"):
         cases += [
-            _case(job, f"HF {name}", partial(hugging_face, dtype=dtype), check=partial(same_network, job))
+            _case(
+                job,
+                f"HF {name}",
+                partial(hugging_face, dtype=dtype),
+                check=partial(same_network, job),
+                max_rounds=SLOW,
+            )
             for name, dtype in HF_TYPES.items()
         ]
-        cases += [_case(job, "HF generate fp32", hugging_face_generate)]
+        cases += [_case(job, "HF generate fp32", hugging_face_generate, max_rounds=SLOW)]
         rivals += tuple(f"HF {name}" for name in HF_TYPES)
     else:
         missing += [Missing(f"HF {name}", "pip install transformers") for name in HF_TYPES]

@@ -11,7 +11,10 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from nano_think.ops.layout import Layout
 
 
 class State(Protocol):
@@ -55,6 +58,14 @@ class AppendState:
             self.buffers[name].narrow(-2, self.length, n).copy_(entry)
         self.length += n
         return tuple(self.buffers[name].narrow(-2, 0, self.length) for name in entries)
+
+    def layout(self, n: int, device: torch.device) -> Layout:
+        """Where n new positions stand, and what each of them sees of the buffers."""
+        return Layout.span(self.length, n, device)
+
+    def reach(self, n: int) -> int:
+        """Positions that n more make, or more than these where only a bound is known."""
+        return self.length + n
 
     def rollback(self, n: int) -> None:
         if n > self.length:

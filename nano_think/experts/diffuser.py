@@ -266,8 +266,8 @@ class DiffuserExpert(nn.Module):
         self._require_statistics()
         if self.bidirectional:
             raise ValueError(f"{BIDIRECTIONAL} and cannot decode; choose false")
-        end = state.length + x.shape[1]
-        layout = Layout.span(state.length, x.shape[1], x.device)
+        end = state[0].reach(x.shape[1])
+        layout = state[0].layout(x.shape[1], x.device)
         context = self._context(x)
         clean = self.denoiser.clean_stream(context, layout, state)
         start = self._start(context, layout.positions, end, generator)
@@ -360,7 +360,8 @@ class DiffuserExpert(nn.Module):
         return self.noise[positions].to(dtype).expand_as(context)
 
     def _require_statistics(self) -> None:
-        if not self.stats_ready:
+        # a compiler cannot branch on a tensor: whoever compiles has run the model once before
+        if not torch.compiler.is_compiling() and not self.stats_ready:
             raise ValueError(
                 "the diffuser has no target statistics: call fit_statistics(hidden) on training targets"
             )

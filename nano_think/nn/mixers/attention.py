@@ -64,10 +64,10 @@ class CausalSelfAttention(nn.Module):
 
     def extend(self, x: Tensor, state: AppendState) -> Tensor:
         """Read n new positions (B, n, d_model) after those in `state`."""
-        layout = Layout.span(state.length, x.shape[1], x.device)
+        layout = state.layout(x.shape[1], x.device)
         k, v = self.keys_values(x, layout)
         k, v = state.append(key=k, value=v)
-        return self.attend(self.queries(x, layout), k, v, None)
+        return self.attend(self.queries(x, layout), k, v, *layout.sight)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)

@@ -258,7 +258,7 @@ class LatentAttention(nn.Module):
         absorbed: attend to the latents themselves instead of expanding all keys and values of the past. It
         needs less memory and more arithmetic a query, so it is the default for a single position.
         """
-        layout = Layout.span(state.length, x.shape[1], x.device)
+        layout = state.layout(x.shape[1], x.device)
         entries = self.heads.entries(x, layout)
         entries = dict(zip(entries, state.append(**entries), strict=True))
         return self._attend(x, layout, entries, memory, x.shape[1] == 1 if absorbed is None else absorbed)
