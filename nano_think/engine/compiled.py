@@ -30,9 +30,14 @@ class RoomLayout(Layout):
 
     @property
     def sight(self) -> tuple[Tensor | None, Tensor | None]:
-        """A mask (1, 1, n, room) alone."""
+        """A mask alone."""
+        return self.mask, None
+
+    @property
+    def mask(self) -> Tensor:  # type: ignore[override]
+        """(1, 1, n, room) bool."""
         places = torch.arange(self.room, device=self.positions.device)
-        return (places <= self.positions.unsqueeze(-1)).unsqueeze(1), None
+        return (places <= self.positions.unsqueeze(-1)).unsqueeze(1)
 
 
 class RoomState:

@@ -25,11 +25,11 @@ def generate_quantized(
 ) -> Generation:
     """`generate` with the matrices kept in `kind`; the model itself stays as it is.
 
-    One row without memory goes by the native step where it knows the model: it then reads the prompt with the
-    weights as they are. Everything else goes by a copy with coarse layers.
+    Without memory and options it goes by the native step where that knows the model: the prompt is then read with
+    the weights as they are. Everything else goes by a copy with coarse layers.
     options: of `generate`. Raises UserError for weights that cannot be quantised.
     """
-    if len(prompts) == 1 and _native_can(model, options):
+    if _native_can(model, options):
         return generate(model, prompts, max_new_tokens, config, native=True, precision=kind, **options)
     return generate(quantize(copy.deepcopy(model), kind), prompts, max_new_tokens, config, **options)
 
