@@ -1,7 +1,9 @@
 """Coarse weights for inference: a built network whose matrices and tables are kept in int8 or bf16.
 
 Only what is stored is coarse. Activations, sums and everything that is no matrix stay as they are, so there is no
-scale of an activation that later tokens could move. The values are those that `engine.native_step` computes.
+scale of an activation that later tokens could move. `engine.native_step` computes with the same numbers, but for
+two places: it looks tokens up in the table as it was saved, and rounds the keys' expansion of latent attention
+along its other side, as it multiplies by the transpose.
 """
 
 from __future__ import annotations
