@@ -280,7 +280,7 @@ class TestStructure:
         for name, stage in stages.items():
             stage.register_forward_hook(lambda *_, name=name: calls.append(name))
         output = model(some_tokens(), memory=some_memory())
-        assert calls == ["embedding", "mla", "router", *NAMES]
+        assert calls == ["embedding", "mla", *NAMES, "router"]
         assert torch.equal(model.router(output.context), output.weights)
 
     def test_forward_is_pure(self):
