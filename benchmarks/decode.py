@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
 
@@ -49,21 +49,24 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Job:
-    """A network, a prompt and how many tokens follow it."""
+    """A network, its prompts and how many tokens follow each."""
 
-    size: Size
+    size: Size = field(default_factory=Size)
     prompt: int = 128
     new: int = 128
+    rows: int = 1
 
     def tokens(self) -> Tensor:
-        """The prompt, (1, prompt)."""
-        return self.size.draw(1, self.prompt)[0]
+        """The prompts, (rows, prompt)."""
+        return self.size.draw(self.rows, self.prompt)[0]
+
+
+QUICK = Job(Size(num_layers=1, d_model=32, num_heads=2, ffn_dim=64, vocab_size=64, length=64), 8, 8)
 
 
 def group(options: Options) -> Group:
     """Native precisions and both plain steps; whole generations; the state-space expert at two contexts."""
-    job = Job(Size(num_layers=1, d_model=32, num_heads=2, ffn_dim=64, vocab_size=64, length=64), 8, 8) \
-        if options.quick else Job(Size())  # fmt: skip
+    job = QUICK if options.quick else Job()
     cases, missing = [_case(job, "plain fp32", plain_step)], []
     rivals: tuple[str, ...] = ("plain fp32",)
     if installed("transformers"):
@@ -95,7 +98,7 @@ def group(options: Options) -> Group:
     cases += [
         _case(job, f"state space native, context {n}", partial(state_space, context=n)) for n in contexts
     ]
-    sizes = {p: NativeStep(_model(job), p, max_len=1).bytes_per_token for p in get_args(Precision)}
+    sizes = {p: NativeStep(model_of(job), p, max_len=1).bytes_per_token for p in get_args(Precision)}
     derived: dict[str, Callable[[Measured], float]] = {
         f"native {p}: share of the reading speed": partial(
             read_share, precision=p, share_of_bytes=size / sizes["fp32"]
@@ -152,7 +155,8 @@ def _native_case(job: Job, precision: Precision, rivals: tuple[str, ...], with_l
     )
 
 
-def _model(job: Job) -> ExpertLM:
+def model_of(job: Job) -> ExpertLM:
+    """Our network of the job's size."""
     model = ours(job.size).network
     assert isinstance(model, ExpertLM)
     return model.eval()
@@ -160,7 +164,7 @@ def _model(job: Job) -> ExpertLM:
 
 def reading(job: Job) -> Callable[[], object]:
     """Read the fp32 weights once for each new token and do next to nothing with them."""
-    weights = NativeStep(_model(job), max_len=1).weights.view(torch.float32)
+    weights = NativeStep(model_of(job), max_len=1).weights.view(torch.float32)
 
     def work() -> None:
         for _ in range(job.new):
@@ -178,7 +182,7 @@ def read_share(measured: Measured, precision: Precision, share_of_bytes: float) 
 
 def native(job: Job, precision: Precision) -> Callable[[], object]:
     """Always from the prompt's end; what was written behind it is overwritten."""
-    step = NativeStep(_model(job), precision, max_len=job.prompt + job.new)
+    step = NativeStep(model_of(job), precision, max_len=job.prompt + job.new)
     first = int(step.prefill(job.tokens()[0].tolist()).argmax())
 
     def work() -> None:
@@ -206,7 +210,7 @@ def state_space(job: Job, context: int) -> Callable[[], object]:
 
 def plain_step(job: Job) -> Callable[[], object]:
     """`ExpertLM.extend`, one position at a time."""
-    model = _model(job)
+    model = model_of(job)
     state = model.init_state(1, job.prompt + job.new)
     with torch.no_grad():
         first = _last(model, job.tokens(), state)
@@ -270,14 +274,14 @@ def _greedy(job: Job) -> dict[str, Any]:
 
 def our_generate(job: Job) -> Callable[[], object]:
     """Prompt, packing and new tokens, with the log-probability of each."""
-    model, prompt = _model(job), job.tokens()
+    model, prompt = model_of(job), job.tokens()
     return lambda: generate(model, prompt, job.new, SamplingConfig(temperature=0.0), native=True)
 
 
 @torch.no_grad()
 def same_logits(job: Job, precision: Precision) -> None:
     """The step's logits after the prompt and eight given tokens, against those of the plain fp32 step."""
-    model, tokens = _model(job), job.size.draw(1, job.prompt + 8)[0]
+    model, tokens = model_of(job), job.size.draw(1, job.prompt + 8)[0]
     step = NativeStep(model, precision, max_len=job.prompt + 8)
     step.prefill(tokens[0, : job.prompt].tolist())
     state = model.init_state(1, job.prompt + 8)
@@ -292,7 +296,7 @@ def same_logits(job: Job, precision: Precision) -> None:
 def same_network(job: Job) -> None:
     """Hugging Face's logits of the prompt's last token are ours."""
     network: Any = llama(job.size).network.eval()
-    want = _model(job)(job.tokens()).logits
+    want = model_of(job)(job.tokens()).logits
     assert want is not None
     close("a logit of Hugging Face's model", network(job.tokens()).logits[0, -1], want[0, -1], 1e-4)
 
@@ -302,7 +306,7 @@ def same_llama(job: Job, kind: llama_cpp.Kind, tolerance: float) -> None:
     """llama.cpp's logits after the prompt and after four more tokens are ours."""
     tokens = job.size.draw(1, job.prompt + 4)[0]
     model = llama_cpp.LlamaCpp(job.size, kind, rows=1, length=job.prompt + 4)
-    want = _model(job)(tokens).logits
+    want = model_of(job)(tokens).logits
     assert want is not None
     got = model.prefill(tokens[:, : job.prompt])
     for position in range(job.prompt, job.prompt + 4):

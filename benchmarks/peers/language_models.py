@@ -43,16 +43,20 @@ class Size:
         return self.batch * self.length
 
     @property
+    def parameters(self) -> int:
+        """Of all matrices, the tied table once."""
+        matrices = 4 * self.d_model**2 + 3 * self.d_model * self.ffn_dim
+        return self.num_layers * matrices + self.vocab_size * self.d_model
+
+    @property
     def flops(self) -> float:
         """Useful FLOPs of a training step: 6 a token and matmul parameter, 6 L d T a token for causal attention.
 
         Attention counts the visible half of the scores: q k^T and p v take 2 x 2 d T / 2 a token and layer
         forward and twice that backward. The head is a matmul, the embedding is not; our adaptor is not counted.
         """
-        matrices = 4 * self.d_model**2 + 3 * self.d_model * self.ffn_dim
-        parameters = self.num_layers * matrices + self.vocab_size * self.d_model
         attention = 6 * self.num_layers * self.d_model * self.length
-        return self.tokens * (6.0 * parameters + attention)
+        return self.tokens * (6.0 * self.parameters + attention)
 
     def draw(self, batch: int | None = None, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Random tokens and the labels after them, (B, L) each; the last label is ignored."""
