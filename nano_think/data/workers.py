@@ -50,14 +50,18 @@ class Workers:
     What they return does not depend on how many there are, as long as the functions they are given do not.
 
     Args:
-        processes: how many; 1 or less does everything in the calling process, None is `default_processes()`.
+        processes: how many; 1 does everything in the calling process, None is `default_processes()`.
 
     Raises:
-        UserError: a worker died, for example because memory ran out.
+        UserError: `processes` is no such number; a worker died, for example because memory ran out.
     """
 
     def __init__(self, processes: int | None = None) -> None:
-        self.processes = default_processes() if processes is None else processes
+        if processes is not None and (not isinstance(processes, int) or processes < 1):
+            raise UserError(
+                f"data.processes={processes} must be a whole number from 1, or null for all cores"
+            )
+        self.processes = processes or default_processes()
         self._inline_left = INLINE_ITEMS
         self._started: list[_Worker] = []
         self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()

@@ -33,7 +33,7 @@ def processes_of(workers: Workers) -> list[int]:
     return [worker._process.pid for worker in workers._started]
 
 
-@pytest.mark.parametrize("processes", [0, 1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_results_come_in_the_order_of_the_items(processes: int) -> None:
     with Workers(processes) as workers:
         assert list(workers.map(partial(mul, 3), range(40))) == [3 * i for i in range(40)]
@@ -127,6 +127,12 @@ def test_workers_do_not_outlive_their_parent(number: signal.Signals) -> None:
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("processes", [0, -1, "two", 1.5])
+def test_a_number_of_processes_that_is_none_is_refused(processes: object) -> None:
+    with pytest.raises(UserError, match=r"data\.processes=.* must be a whole number from 1"):
+        Workers(processes)
 
 
 def test_the_number_of_processes_follows_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,7 @@ REACHED = [
     ("size.vocab_size=310", {"tokenizer", "shards"} | ALL_EXPERTS | STAGES),
     ("++trainer.log_every_n_steps=3", set()),
     ("data.num_workers=2", set()),
+    ("data.processes=1", set()),
 ]
 # the same for further settings
 MORE_REACHED = [
