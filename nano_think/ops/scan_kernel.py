@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,45 +60,76 @@ class TorchScan:
     """Chunk by chunk: everything elementwise at once for a chunk, and one fused operation a position between.
 
     The scan alone in one dtype; `dt_bias` and `z` are left to plain tensor operations around it.
+    forward_chunk, backward_chunk: what is done with a chunk, as compiled elsewhere or as here.
     """
+
+    def __init__(
+        self,
+        forward_chunk: Callable[..., Any] | None = None,
+        backward_chunk: Callable[..., Any] | None = None,
+    ) -> None:
+        self.forward_chunk = forward_chunk or chunk_outputs
+        self.backward_chunk = backward_chunk or chunk_gradients
 
     def forward(
         self, inputs: ScanInputs, starts: Tensor | None, state: Tensor, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         borders, outputs = [], []
-        for x, dt, B, C, starts_c in _chunks(inputs, starts):
+        for chunk in _chunks(inputs, starts):
             borders.append(state)
-            states = _chunk_states(_decays(dt, inputs.A, starts_c), dt * x, B, state, starts_c)
-            outputs.append(torch.einsum("tbdn,tbn->tbd", states[1:], C))
-            state = states[-1].clone()  # a view would keep all states of the chunk alive
+            output, state = self.forward_chunk(*chunk, inputs.A, state)
+            outputs.append(output)
         y = torch.cat(outputs).transpose(0, 1) + inputs.D * inputs.x
         return y, state, torch.stack(borders) if keep else None
 
     def backward(
         self, inputs: ScanInputs, starts: Tensor | None, borders: Tensor, dy: Tensor, dlast: Tensor
     ) -> ScanGradients:
-        carry, dA = dlast, torch.zeros_like(inputs.A)
-        pieces = []
+        carry, dA, pieces = dlast, torch.zeros_like(inputs.A), []
         chunks = list(zip(_chunks(inputs, starts), _time_chunks(dy), borders, strict=True))
-        for (x, dt, B, C, starts_c), dy_c, border in reversed(chunks):
-            decays, drive = _decays(dt, inputs.A, starts_c), dt * x
-            states = _chunk_states(decays, drive, B, border, starts_c)
-            grads, carry = _chunk_gradients(decays, dy_c, C, carry)
-            # What reaches h[t-1] times h[t-1] is the gradient of the exponent dt A.
-            exponent = (grads * decays).mul_(_reset(states[:-1], starts_c))
-            through_drive = torch.einsum("tbdn,tbn->tbd", grads, B)
-            dA += torch.einsum("tbdn,tbd->dn", exponent, dt)
-            pieces.append(
-                (
-                    dt * through_drive,
-                    torch.einsum("tbdn,dn->tbd", exponent, inputs.A) + x * through_drive,
-                    torch.einsum("tbdn,tbd->tbn", grads, drive),
-                    torch.einsum("tbdn,tbd->tbn", states[1:], dy_c),
-                )
-            )
+        for chunk, dy_c, border in reversed(chunks):
+            *piece, dA_c, carry = self.backward_chunk(*chunk, inputs.A, border, dy_c, carry)
+            dA += dA_c
+            pieces.append(piece)
         dx, ddt, dB, dC = (torch.cat(parts[::-1]).transpose(0, 1) for parts in zip(*pieces, strict=True))
         dx, dD = dx + inputs.D * dy, (dy * inputs.x).sum((0, 1))
         return ScanGradients(dx, ddt, dA, dB, dC, dD, dt_bias=None, z=None, state=carry)
+
+
+def chunk_outputs(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, starts: Tensor | None, A: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """C . h (T, B, d) of a chunk, sequences time first, and the state (B, d, n) behind it."""
+    states = _chunk_states(_decays(dt, A, starts), dt * x, B, state, starts)
+    return torch.einsum("tbdn,tbn->tbd", states[1:], C), states[-1].clone()  # a view would keep all states
+
+
+def chunk_gradients(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    starts: Tensor | None,
+    A: Tensor,
+    border: Tensor,
+    dy: Tensor,
+    carry: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, B, C (without the part of D), A and the state in front, from dy and that behind."""
+    decays, drive = _decays(dt, A, starts), dt * x
+    states = _chunk_states(decays, drive, B, border, starts)
+    grads, carry = _state_gradients(decays, dy, C, carry)
+    # What reaches h[t-1] times h[t-1] is the gradient of the exponent dt A.
+    exponent = (grads * decays).mul_(_reset(states[:-1], starts))
+    through_drive = torch.einsum("tbdn,tbn->tbd", grads, B)
+    return (
+        dt * through_drive,
+        torch.einsum("tbdn,dn->tbd", exponent, A) + x * through_drive,
+        torch.einsum("tbdn,tbd->tbn", grads, drive),
+        torch.einsum("tbdn,tbd->tbn", states[1:], dy),
+        torch.einsum("tbdn,tbd->dn", exponent, dt),
+        carry,
+    )
 
 
 def _time_chunks(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -138,7 +169,7 @@ def _chunk_states(decays: Tensor, drive: Tensor, B: Tensor, border: Tensor, star
     return states
 
 
-def _chunk_gradients(decays: Tensor, dy: Tensor, C: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+def _state_gradients(decays: Tensor, dy: Tensor, C: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the states (T, B, d, n) and of the state in front: g[t] = C[t] dy[t] + decay[t+1] g[t+1]."""
     grads = dy.unsqueeze(-1) * C.unsqueeze(2)
     for decay, grad in zip(reversed(decays.unbind()), reversed(grads.unbind()), strict=True):

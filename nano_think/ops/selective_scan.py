@@ -1,13 +1,15 @@
-"""Selective scan (Gu and Dao, arXiv 2312.00752, eq. 2 and algorithm 2): one function, three backends.
+"""Selective scan (Gu and Dao, arXiv 2312.00752, eq. 2 and algorithm 2): one function, five backends.
 
 `ref` is the recurrence written out, the oracle of the others. `torch` works in chunks with plain tensor
-operations on any device. `cpp` is compiled on first use. The last two keep the states at chunk borders only and
-rebuild the rest in the backward pass, whose cost is linear in the length. None divides by products of decays:
-these underflow after some hundred positions.
+operations on any device, `compile` puts a chunk through torch.compile. `cpp` and `triton` are kernels for CPU and
+GPU, compiled on first use. All but `ref` keep the states at chunk borders only and rebuild the rest in the
+backward pass, whose cost is linear in the length. None divides by products of decays: these underflow after some
+hundred positions.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from functools import cache
@@ -22,8 +24,9 @@ from nano_think.ops.native import BuildError
 from nano_think.ops.scan_cpp import CppScan
 from nano_think.ops.scan_kernel import Kernel, ScanInputs, TorchScan
 
-Backend = Literal["auto", "ref", "torch", "cpp"]
+Backend = Literal["auto", "ref", "torch", "compile", "cpp", "triton"]
 BACKEND_VARIABLE = "NANO_THINK_SCAN"
+FUSED = {"cpp": "cpu", "triton": "cuda"}  # kernels with softplus and gate inside, and where they run
 
 
 def selective_scan(
@@ -47,12 +50,13 @@ def selective_scan(
     z: (B, L, d); where given, y is multiplied by silu(z).
     starts: (B, L) bool, True where a document begins: h[t-1] counts as 0 there. None: no such position.
     state: (B, d, n), h before the first position; None: zeros.
-    backend: `auto` is `cpp` on the CPU where a compiler exists (not for fp64), `torch` otherwise; the environment
-    variable NANO_THINK_SCAN overrides the argument. A single position is always computed by `ref`.
+    backend: `auto` is `cpp` on the CPU where a compiler exists, `triton` on CUDA where it is installed and right
+    (see `triton_problem`), neither for fp64, and `torch` otherwise; the environment variable NANO_THINK_SCAN
+    overrides the argument. A single position is always computed by `ref`, which is the fastest there.
 
     Computes in fp32 (fp64 for fp64 inputs) whatever autocast says. Returns y (B, L, d) in the dtype of x and the
     last state (B, d, n) in the dtype of the computation. Every tensor argument but `starts` has a gradient.
-    Raises ValueError for an unknown backend, or for `cpp` where it cannot run.
+    Raises ValueError for an unknown backend, or for `cpp` and `triton` where they cannot run.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # a compiler cannot follow the choice, which looks for libraries, and a single position has none
@@ -63,7 +67,7 @@ def selective_scan(
     dt_bias = None if dt_bias is None else dt_bias.to(dtype)
     sequences = [x, dt, B, C] if z is None else [x, dt, B, C, z]
     with torch.autocast(x.device.type, enabled=False):
-        if name == "cpp" and x.shape[1] > 1:
+        if name in FUSED and x.shape[1] > 1:
             half = all(tensor.dtype == torch.bfloat16 for tensor in sequences)
             x_, dt, B, C, *gate = sequences if half else (tensor.to(dtype) for tensor in sequences)
             inputs = ScanInputs(x_, dt, A, B, C, D, dt_bias, *gate)
@@ -72,7 +76,7 @@ def selective_scan(
         x_, dt, B, C, *gate = (tensor.to(dtype) for tensor in sequences)
         dt = dt if dt_bias is None else F.softplus(dt + dt_bias)
         inputs = ScanInputs(x_, dt, A, B, C, D)
-        if name == "torch" and x.shape[1] > 1:
+        if name in ("torch", "compile") and x.shape[1] > 1:
             y, last = _run_kernel(_kernel(name), inputs, starts, state)
         else:
             y, last = reference_scan(inputs, starts, state)
@@ -80,18 +84,28 @@ def selective_scan(
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`ref`, `torch` or `cpp` for a computation on `device` in `dtype`; see `selective_scan`."""
+    """The name of a backend, not `auto`, for a computation on `device` in `dtype`; see `selective_scan`."""
     backend = os.environ.get(BACKEND_VARIABLE) or backend
     if backend not in get_args(Backend):
         raise ValueError(f"scan backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
-    fits = device.type == "cpu" and dtype == torch.float32
     if backend == "auto":
-        return "cpp" if fits and cpp_problem() is None else "torch"
-    if backend == "cpp" and not fits:
-        raise ValueError(f"scan backend 'cpp' computes in fp32 on the CPU, not in {dtype} on {device.type}")
-    if backend == "cpp" and (problem := cpp_problem()):
-        raise ValueError(f"scan backend 'cpp' cannot be built, use 'auto' or 'torch': {problem}")
+        here = (name for name, place in FUSED.items() if place == device.type and dtype == torch.float32)
+        return next((name for name in here if problem_of(name) is None), "torch")
+    if backend in FUSED:
+        interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if dtype != torch.float32 or (device.type != FUSED[backend] and not interpreted):
+            place = {"cpu": "the CPU", "cuda": "CUDA devices"}[FUSED[backend]]
+            raise ValueError(
+                f"scan backend {backend!r} computes in fp32 on {place}, not in {dtype} on {device.type}"
+            )
+        if problem := problem_of(backend):
+            raise ValueError(f"scan backend {backend!r} cannot be used, use 'auto' or 'torch': {problem}")
     return backend
+
+
+def problem_of(backend: str) -> str | None:
+    """Why one of the kernels cannot be used here, None where it can."""
+    return cpp_problem() if backend == "cpp" else triton_problem()
 
 
 @cache
@@ -103,6 +117,57 @@ def cpp_problem() -> str | None:
         warnings.warn(f"selective scan falls back to the slower 'torch' backend: {error}", stacklevel=2)
         return str(error)
     return None
+
+
+@cache
+def triton_problem() -> str | None:
+    """Why the Triton kernel cannot be used here, None where it can.
+
+    The first call on a GPU compiles it and compares values and gradients with the reference; it warns where they
+    differ or the compiler fails, so that no machine trains with a kernel that is wrong on it.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        kernel = _kernel("triton")
+        if torch.cuda.is_available():
+            check_kernel(kernel, torch.device("cuda"))
+    except Exception as error:
+        warnings.warn(f"selective scan falls back to the slower 'torch' backend: {error}", stacklevel=2)
+        return str(error)
+    return None
+
+
+def check_kernel(kernel: Kernel, device: torch.device, length: int = 150) -> None:
+    """Raise RuntimeError unless a fused kernel gives the reference's values and gradients, to 1e-3."""
+    g = torch.Generator().manual_seed(0)
+    sizes = {
+        "x": (2, length, 20),
+        "dt": (2, length, 20),
+        "A": (20, 5),
+        "B": (2, length, 5),
+        "C": (2, length, 5),
+    }
+    sizes |= {"D": (20,), "dt_bias": (20,), "z": (2, length, 20), "state": (2, 20, 5)}
+    drawn = {name: torch.randn(size, generator=g).to(device) for name, size in sizes.items()}
+    drawn["A"] = -drawn["A"].abs()
+    starts = (torch.rand(2, length, generator=g) < 0.02).to(device)
+    results = []
+    for fused in (True, False):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in drawn.items()}
+        *inputs, state = leaves.values()
+        if fused:
+            y, last = _run_kernel(kernel, ScanInputs(*inputs), starts, state)
+        else:
+            dt = F.softplus(leaves["dt"] + leaves["dt_bias"])
+            plain = ScanInputs(leaves["x"], dt, *(leaves[name] for name in ("A", "B", "C", "D")))
+            y, last = reference_scan(plain, starts, state)
+            y = y * F.silu(leaves["z"])
+        results.append([y, last, *torch.autograd.grad(y.sum() + last.sum(), list(leaves.values()))])
+    for name, got, want in zip(("y", "last", *leaves), *results, strict=True):
+        error = float((got - want).detach().abs().max() / want.detach().abs().max())
+        if not error <= 1e-3:
+            raise RuntimeError(f"its {name} is off by {error:.1e} of the largest value")
 
 
 def reference_scan(inputs: ScanInputs, starts: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +186,17 @@ def reference_scan(inputs: ScanInputs, starts: Tensor | None, state: Tensor) -> 
 
 @cache
 def _kernel(name: str) -> Kernel:
-    return CppScan() if name == "cpp" else TorchScan()
+    if name == "cpp":
+        return CppScan()
+    if name == "compile":  # both imports take seconds
+        from nano_think.ops.scan_compile import CompileScan
+
+        return CompileScan()
+    if name == "triton":
+        from nano_think.ops.scan_triton import TritonScan
+
+        return TritonScan()
+    return TorchScan()
 
 
 def _run_kernel(

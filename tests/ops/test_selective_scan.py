@@ -9,7 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nano_think.ops import selective_scan as module
 from nano_think.ops.scan_kernel import CHUNK
-from nano_think.ops.selective_scan import BACKEND_VARIABLE, choose_backend, cpp_problem, selective_scan
+from nano_think.ops.selective_scan import (
+    BACKEND_VARIABLE,
+    choose_backend,
+    cpp_problem,
+    selective_scan,
+    triton_problem,
+)
 
 KERNELS = [
     "torch",
@@ -398,7 +404,9 @@ def test_auto_takes_the_compiled_kernel_for_fp32_on_the_cpu() -> None:
     expected = "torch" if cpp_problem() else "cpp"
     assert choose_backend("auto", CPU, torch.float32) == expected
     assert choose_backend("auto", CPU, torch.float64) == "torch"
-    assert choose_backend("auto", torch.device("cuda"), torch.float32) == "torch"
+    expected = "torch" if triton_problem() else "triton"
+    assert choose_backend("auto", torch.device("cuda"), torch.float32) == expected
+    assert choose_backend("auto", torch.device("mps"), torch.float32) == "torch"
 
 
 def test_environment_variable_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +419,31 @@ def test_impossible_backends_are_refused() -> None:
         choose_backend("cuda", CPU, torch.float32)
     with pytest.raises(ValueError, match="fp32 on the CPU"):
         choose_backend("cpp", CPU, torch.float64)
+    with pytest.raises(ValueError, match="fp32 on CUDA devices"):
+        choose_backend("triton", CPU, torch.float32)
+
+
+def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    module.triton_problem.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="triton is not installed"):
+            choose_backend("triton", torch.device("cuda"), torch.float32)
+        assert choose_backend("auto", torch.device("cuda"), torch.float32) == "torch"
+    finally:
+        module.triton_problem.cache_clear()
+
+
+@pytest.mark.skipif(cpp_problem() is not None, reason="no compiler")
+def test_a_kernel_that_is_wrong_is_found_out() -> None:
+    class Wrong(module.CppScan):
+        def backward(self, *args: object) -> object:
+            right = super().backward(*args)
+            return right._replace(dt_bias=1.01 * right.dt_bias)
+
+    module.check_kernel(module.CppScan(), CPU)
+    with pytest.raises(RuntimeError, match="its dt_bias is off by"):
+        module.check_kernel(Wrong(), CPU)
 
 
 def test_without_compiler_it_warns_once_and_still_trains(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +456,7 @@ def test_without_compiler_it_warns_once_and_still_trains(monkeypatch: pytest.Mon
     try:
         with pytest.warns(UserWarning, match="install g\\+\\+ or set CXX") as caught:
             results = [run(inputs, "auto", dtype=torch.float32) for _ in range(3)]
-        with pytest.raises(ValueError, match="cannot be built"):
+        with pytest.raises(ValueError, match="cannot be used"):
             choose_backend("cpp", CPU, torch.float32)
     finally:
         module.cpp_problem.cache_clear()
