@@ -213,7 +213,9 @@ def _route(network: NanoThink, cached: bool, size: Size) -> RouteTask:
         domains=["one", "two"],
         byte_lengths=torch.ones(size.vocab),
         stage="7b",
-        cache=ExpertCache(network, size.cached_tokens // size.length + size.rows) if cached else None,
+        cache=ExpertCache(network, size.cached_tokens // size.length + size.rows, size.length)
+        if cached
+        else None,
     )
 
 

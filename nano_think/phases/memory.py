@@ -53,11 +53,12 @@ def estimate(probe: Probe, precision: str, rows: int) -> Estimate:
 
     Two passes of different size are measured (all tensors that are alive at once), and a line through them gives
     what a pass holds at any size. What stays between passes is counted: gradients and moments of the trained
-    parameters, and the best weights of the whole network.
+    parameters, the best weights of the whole network, and what the task keeps.
     """
     trained = sum(p.numel() * p.element_size() for p in probe.parameters)
     state = probe.task.network.state_dict().values()
     kept = (GRADIENTS + MOMENTS) * trained + sum(t.numel() * t.element_size() for t in state)
+    kept += probe.task.kept_bytes
     few = min(probe.rows, rows, max(1, -(-PROBE_TOKENS // probe.batch["tokens"].shape[1])))
     many = min(probe.rows, rows, 2 * few)
     most = probe.live_bytes(precision, many)

@@ -229,7 +229,7 @@ def expert_cache(
     run: Run, fit: Fit, model: NanoThink, data: TokenDataModule, folder: Path
 ) -> ExpertCache | None:
     """What keeps the experts' outputs in 7b, in memory or on disk as they fit; None to recompute them."""
-    from nano_think.tasks.expert_cache import ExpertCache, bytes_a_token
+    from nano_think.tasks.expert_cache import ExpertCache
 
     settings = run.plain(run.cfg.training.mla.cache)
     if settings["mode"] not in ("auto", "off"):
@@ -239,16 +239,17 @@ def expert_cache(
     steps, _ = fit.steps(data)
     drawn = steps * fit.accumulate * data.batch_size
     rows = min(drawn, data.num_rows(SPLIT)) + data.num_rows(data.val_split, data.val_rows)
-    size = rows * data.seq_len * bytes_a_token(model) / 1e9
+    cache = ExpertCache(model, rows, data.seq_len)
+    size = cache.bytes / 1e9
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free / 1e9
     said = f"7b keeps what the experts say of {rows} rows instead of computing it every time they come"
     if size <= settings["memory_gb"]:
         run.say(f"{said}: up to {size:.2g} GB in memory (training.mla.cache.mode=off recomputes)")
-        return ExpertCache(model, rows)
+        return cache
     if size <= min(settings["disk_gb"], free / 2):
         run.say(f"{said}: up to {size:.2g} GB on disk, more than training.mla.cache.memory_gb")
-        return ExpertCache(model, rows, folder)
+        return ExpertCache(model, rows, data.seq_len, folder)
     run.say(
         f"7b computes the experts' outputs anew every time: keeping them would take {size:.2g} GB, more than "
         "training.mla.cache.memory_gb and disk_gb or half of the free disk"

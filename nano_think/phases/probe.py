@@ -79,7 +79,7 @@ class Probe:
         for module in dropouts:
             module.eval()
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), self.task.aside():
                 yield
         finally:
             for module in dropouts:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -103,6 +104,16 @@ class FitTask(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember the constant that `training_step` divides by."""
         self.rows_times_length = batch["labels"].numel()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that the task takes between steps, beside its network and the optimizer."""
+        return 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is computed in here, in whatever arithmetic, the task neither keeps nor takes from what it kept."""
+        yield
 
     def validate_tokens(self, nll: Tensor, batch: Batch) -> None:
         """Add per-token losses (B, L) in nats to the validation metrics."""

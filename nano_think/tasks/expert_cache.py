@@ -39,21 +39,30 @@ class Kept:
 
 
 class ExpertCache:
-    """Values of up to `rows` rows, each known by the split it was drawn from, its domain and its number.
+    """Values of up to `rows` rows of `length` tokens, each known by its split, its domain and its number there.
 
     network: frozen but for the router, and for `expert_gain` where hidden states are mixed.
     folder: where the values lie in memory-mapped files, which are gone with the process; None: in memory.
     Raises IndexError for more rows than were announced.
     """
 
-    def __init__(self, network: NanoThink, rows: int, folder: Path | None = None) -> None:
-        self.network, self.rows, self.folder = network, rows, folder
+    def __init__(self, network: NanoThink, rows: int, length: int, folder: Path | None = None) -> None:
+        self.network, self.rows, self.length, self.folder = network, rows, length, folder
         self.computed = 0
+        self._arithmetic: torch.dtype | None = None
         self._slots: dict[Key, int] = {}
         self._arrays: dict[str, Tensor] = {}
 
+    @property
+    def bytes(self) -> int:
+        """What all rows take at most: the context and, of every expert, a vector or (fusion=prob) a number."""
+        width, experts = self.network.embedding.embedding_dim, len(self.network.experts)
+        numbers = width + experts * (1 if self.network.fusion == "prob" else width)
+        return WIDE * numbers * self.rows * self.length
+
     def __call__(self, split: str, batch: Batch) -> Kept:
         """Values of a batch with `row` and `domain` (B,), on the device of its tokens."""
+        self._forget_other_arithmetic(batch["tokens"].device.type)
         keys = [
             (split, *place) for place in zip(*(batch[k].tolist() for k in ("domain", "row")), strict=True)
         ]
@@ -64,6 +73,14 @@ class ExpertCache:
         device = batch["tokens"].device
         found = {name: array[slots].to(device) for name, array in self._arrays.items()}
         return Kept(found.pop(CONTEXT), found if NLL not in found else {}, found.get(NLL))
+
+    def _forget_other_arithmetic(self, device: str) -> None:
+        """Values of another autocast are not what the network would say now."""
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if dtype != self._arithmetic:
+            self._slots.clear()
+            self._arrays.clear()
+            self._arithmetic = dtype
 
     @torch.no_grad()
     def _keep(self, key: Key, row: Batch) -> None:
@@ -102,9 +119,3 @@ class ExpertCache:
 
 
 _READ = ("tokens", "labels", "positions", "segments")
-
-
-def bytes_a_token(network: NanoThink) -> int:
-    """What a token takes at most: its context and, by every expert, a vector (mixing probabilities: a number)."""
-    width, experts = network.embedding.embedding_dim, len(network.experts)
-    return WIDE * (width + experts * (1 if network.fusion == "prob" else width))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +102,20 @@ class RouteTask(FitTask):
                 named = zip(self.val_routing.experts, means.float(), strict=True)
                 self.log_dict({f"routing/position/{first}/{name}": mean for name, mean in named})
         self.val_routing.reset()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of expert outputs in memory."""
+        return self.cache.bytes if self.cache and self.cache.folder is None else 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Without expert outputs of before, and none for later."""
+        kept, self.cache = self.cache, None
+        try:
+            yield
+        finally:
+            self.cache = kept
 
     def configure_optimizers(self) -> object:
         """The base class's, with the table anchored to where it starts."""

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from nano_think.data.module import TokenDataModule
-from nano_think.tasks.expert_cache import ExpertCache, bytes_a_token
+from nano_think.tasks.expert_cache import ExpertCache
 from nano_think.tasks.route import RouteTask, set_trainable
 
 FUSIONS = ("hidden", "prob")
@@ -31,7 +31,7 @@ def task(network, common):
 
     def make(fusion="hidden", cached=True, folder=None, rows=200, **options):
         model = network(fusion=fusion, **options)
-        cache = ExpertCache(model, rows, folder) if cached else None
+        cache = ExpertCache(model, rows, 32, folder) if cached else None
         return RouteTask(model, stage="7b", cache=cache, **common(1e-2), entropy_token=0.1)
 
     return make
@@ -142,6 +142,30 @@ def test_a_resumed_fit_ends_with_the_bits_of_an_uninterrupted_one(task, data, tr
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+def test_other_arithmetic_is_computed_anew(task, data):
+    routed, plain = task(), task(cached=False)
+    [batch] = _batches(data, 1)
+    for half in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            _step(routed, batch)
+    assert routed.cache.computed == 8
+    _close(_step(routed, batch)[1], _step(plain, batch)[1], 1e-5)
+
+
+def test_a_pass_on_the_side_neither_fills_nor_reads(task, data):
+    routed = task()
+    [batch] = _batches(data, 1)
+    with routed.aside():
+        _step(routed, batch)
+    assert routed.cache.computed == 0
+    _step(routed, batch)
+    calls = []
+    routed.network.experts["transformer"].register_forward_hook(lambda *_: calls.append(1))
+    with routed.aside():
+        _step(routed, batch)
+    assert (len(calls), routed.cache.computed) == (1, 4)
+
+
 def test_what_inference_mode_computed_can_be_trained_on(task, data):
     routed, plain = task(), task(cached=False)
     [batch] = _batches(data, 1)
@@ -169,12 +193,13 @@ def test_what_cannot_be_kept_is_refused(task, network, common, data):
         task(rows=3).cache("train", _batches(data, 1)[0])
     model = network()
     with pytest.raises(ValueError, match="7c trains what the experts read"):
-        RouteTask(model, stage="7c", cache=ExpertCache(model, 10), **common())
+        RouteTask(model, stage="7c", cache=ExpertCache(model, 10, 32), **common())
 
 
 @pytest.mark.parametrize(("fusion", "numbers"), [("hidden", 32 * 3), ("prob", 32 + 2)])
-def test_the_announced_size_is_what_is_held(task, data, fusion, numbers):
+def test_the_announced_size_is_what_is_held(task, data, fusion, numbers, tmp_path):
     routed = task(fusion, rows=8)
     routed.cache("train", _batches(data, 1)[0])
     held = sum(array.numel() * array.element_size() for array in routed.cache._arrays.values())
-    assert held == 8 * 32 * bytes_a_token(routed.network) == 8 * 32 * numbers * 4
+    assert held == routed.cache.bytes == routed.kept_bytes == 8 * 32 * numbers * 4
+    assert task(fusion, folder=tmp_path).kept_bytes == task(fusion, cached=False).kept_bytes == 0
