@@ -19,7 +19,7 @@ void feed_forward(Worker<K>& w, Span span, const Half* halves) {
                                      store(w.shared.wide[span.first + row] + at, silu(v[j]) * v[j + kVectors / 2]);
                                  }
                                });
-  meet();
+  w.meet();
   w.add_to_residual(ffn_dim, w.shared.wide, span, halves);
 }
 
@@ -38,7 +38,7 @@ void attention(Worker<K>& w, const Matrix& from, Span queries, bool reads, const
     w.multiply_to(wide, entries_at, 2 * groups * dim, w.m.d_model, w.normed, {0, count});
   else
     w.weights.template skip<K>(2 * groups * dim, w.m.d_model);
-  meet();
+  w.meet();
   const int64_t key_size = KeysValues<Entry>::key_size(dim, w.m.max_len);
   const int64_t value_size = KeysValues<Entry>::value_size(dim, w.m.max_len);
   const Span mine = share(count * groups);
@@ -61,7 +61,7 @@ void attention(Worker<K>& w, const Matrix& from, Span queries, bool reads, const
       }
   }
   w.state_at += groups * (key_size + value_size) * int64_t(sizeof(Entry));
-  meet();
+  w.meet();
 }
 
 // Keys [latent; rotary key], values the latents, the same for all heads: the up-projection of the keys is moved
@@ -77,7 +77,7 @@ void latent_attention(Worker<K>& w, const Matrix& from, const Half* halves) {
   w.normalise(from, {0, count}, halves);
   w.multiply_to(wide, 0, p.num_heads * width, w.m.d_model, w.normed, {0, count});
   w.multiply_to(wide, entries_at, latent + p.rope_dim, w.m.d_model, w.normed, {0, count});
-  meet();
+  w.meet();
   const auto past = [&](int64_t b) {
     Entry* keys = reinterpret_cast<Entry*>(w.state(b));
     const int64_t key_width = round_up(latent + p.rope_dim, 4), length = w.scores.size();
@@ -95,7 +95,7 @@ void latent_attention(Worker<K>& w, const Matrix& from, const Half* halves) {
     past(b).remember(w.rows.position[b], key, latent + p.rope_dim, key);
   }
   w.multiply_heads(absorbed, spacing, p.num_heads, latent, p.head_dim, wide, width);
-  meet();
+  w.meet();
   const Span heads = share(count * p.num_heads);
   std::fill(w.query.begin(), w.query.end(), 0.0f);
   const float scale = 1.0f / std::sqrt(float(width));
@@ -105,9 +105,9 @@ void latent_attention(Worker<K>& w, const Matrix& from, const Half* halves) {
     rotation(b)(wide[b] + h * width + p.head_dim, w.query.data() + latent, scale);
     past(b).attend(w.query.data(), w.rows.position[b] + 1, w.scores.data(), mixed[b] + h * spacing);
   }
-  meet();
+  w.meet();
   w.multiply_heads(wide, p.head_dim, p.num_heads, p.head_dim, latent, mixed, spacing);
-  meet();
+  w.meet();
 }
 
 // h = exp(dt A) h + dt u B,  y = C h + D u, gated; dt, B, C chosen by u, the convolved input.
@@ -131,9 +131,9 @@ void scan(Worker<K>& w, const Half* halves) {
   if (p.gate)
     w.multiply(p.d_inner, w.m.d_model, w.normed, all,
                [&](int64_t row, int64_t at, Vec v) { store(shared.z[row] + at, silu(v)); });
-  meet();
+  w.meet();
   w.multiply_to(shared.small, 0, p.dt_rank + 2 * p.d_state, p.d_inner, shared.wide, all);
-  meet();
+  w.meet();
   const float *dt_bias = w.weights.floats(size), *rate = w.weights.floats(p.d_state * size);
   const float* skip = w.weights.floats(size);
   // the step sizes stay fp32: they decide over how many positions a channel remembers
@@ -150,7 +150,7 @@ void scan(Worker<K>& w, const Half* halves) {
     store(shared.mixed[row] + at, p.gate ? y * load<Vec>(shared.z[row] + at) : y);
   });
   w.state_at += (taps + p.d_state) * size * int64_t(sizeof(float));
-  meet();
+  w.meet();
   w.add_to_residual(p.d_inner, shared.mixed, all, halves);
 }
 

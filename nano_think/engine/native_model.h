@@ -14,7 +14,7 @@ void stack(Worker<K>& w, const Matrix& input) {
   const int64_t d_model = w.m.d_model;
   w.normalise(input, all, plain);
   w.multiply_to(w.shared.x, 0, d_model, d_model, w.normed, all);
-  meet();
+  w.meet();
   for (int64_t layer = 0; layer < p.num_layers; ++layer) {
     const Half mixer[2] = {{w.weights.floats(d_model)}};
     if (p.mixers[layer]) {
@@ -81,7 +81,7 @@ void diffuse(Worker<K>& w, const Matrix& input) {
   const float* levels = w.weights.floats(p.passes * (2 * size + kLanes));
   w.normalise(input, all, plain);
   w.multiply_to(given, 0, d_model, d_model, w.normed, all);
-  meet();
+  w.meet();
   w.multiply(d_model, d_model, given, all, [&](int64_t b, int64_t at, Vec v) { store(given[count + b] + at, v); });
   for (int64_t b = 0; b < count && p.noise; ++b)
     std::copy_n(p.noise + w.rows.position[b] * size, size, w.latents[b]);
@@ -93,19 +93,19 @@ void diffuse(Worker<K>& w, const Matrix& input) {
       store(x[count + b] + at, context + v);
       if (pass == 0) store(x[b] + at, context);
     });
-    meet();
+    w.meet();
     denoise(w, modulations, pass);
     const Half last[2] = {{}, {w.weights.floats(d_model)}};
     w.normalise(x, noisy, last);
     w.multiply(d_model, d_model, w.normed, noisy,
                [&](int64_t row, int64_t at, Vec v) { store(given[row - count] + at, v); });
-    meet();
+    w.meet();
     estimate(w, given, levels + pass * (2 * size + kLanes));
   }
   if (p.reads_out) {
     w.multiply_to(x, 0, d_model, d_model, w.hidden, all);
     const Half gain{w.weights.floats(d_model)};
-    meet();
+    w.meet();
     for (int64_t b = 0; b < count; ++b) w.normalise_row(x[b], w.hidden[b], d_model, p.eps, gain);
   } else {
     const float *deviation = w.weights.floats(size), *mean = w.weights.floats(size);
@@ -133,7 +133,7 @@ void see_context(Worker<K>& w) {
   w.multiply(w.m.d_model, p.num_heads * p.head_dim, p.latent_dim ? w.shared.wide : w.shared.mixed, all,
              [&](int64_t b, int64_t at, Vec v) { store(w.shared.context[b] + at, v + load<Vec>(w.embedded[b] + at)); });
   const Half behind{p.post_norm ? w.weights.floats(w.m.d_model) : nullptr};
-  meet();
+  w.meet();
   for (int64_t b = 0; b < all.last; ++b)
     if (p.post_norm)
       w.normalise_row(w.shared.context[b], w.context[b], w.m.d_model, p.eps, behind);
@@ -199,7 +199,7 @@ void run(Worker<K>& w, float* logits) {
   if (m.router && thread() == 0) route(w);
   const float* gains = m.router ? m.router + 2 * m.num_experts * size + m.num_experts : nullptr;
   for (int64_t e = 0; e < m.num_experts; ++e) {
-    meet();  // the expert before may still be read
+    w.meet();  // the expert before may still be read
     w.begin(m.experts[e]);
     const Matrix& input = m.raw_input ? w.embedded : w.context;
     w.part->kind == 1 ? diffuse(w, input) : stack(w, input);
@@ -214,7 +214,7 @@ void run(Worker<K>& w, float* logits) {
   w.multiply(m.vocab_size, m.d_model, w.fused, {0, count * outputs},
              [&](int64_t row, int64_t at, Vec v) { store(logits + row * stride + at, v); });
   if (!m.mixes_probabilities) return;
-  meet();
+  w.meet();
   const Span mine = share(count);
   for (int64_t b = mine.first; b < mine.last; ++b)
     pool(logits + b * outputs * stride, stride, m.vocab_size, w.shared.weights[b], outputs);

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #if defined(_OPENMP)
@@ -113,10 +115,34 @@ inline int64_t num_threads() {
 #endif
 }
 
-// Let every thread finish what the next stage reads.
-inline void meet() {
-#pragma omp barrier
-}
+// Where threads wait until all of them have come, so that every one finished what the next stage reads. The wait is
+// short where each thread has a core: it spins, and soon gives its core away where another thread has none.
+class Meeting {
+ public:
+  void wait() {
+    const int64_t threads = num_threads();
+    if (threads == 1) return;
+    const int64_t now = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t turn = 0; round_.load(std::memory_order_acquire) == now; ++turn)
+      turn < kPatience ? pause() : std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int64_t kPatience = 1000;
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  std::atomic<int64_t> arrived_{0}, round_{0};
+};
 
 // Rows from `first` up to, not including, `last`.
 struct Span {

@@ -72,6 +72,7 @@ struct Shared {
 
   Matrix x{0, 0}, wide{0, 0}, mixed{0, 0}, z{0, 0}, small{0, 0}, absorbed{0, 0}, given{0, 0}, context{0, 0};
   Matrix weights{0, 0};
+  Meeting meeting;
 };
 
 // Gain and shift behind a norm and gate before the residual sum, of one half of a block; null where there is none.
@@ -99,6 +100,9 @@ struct Worker {
         embedded(rows.count, m.d_model), context(rows.count, m.d_model), hidden(rows.count, m.d_model),
         fused(rows.count * (m.mixes_probabilities ? m.num_experts : 1), m.d_model), latents(rows.count, m.d_model),
         scores(round_up(m.max_len, kLanes)) {}
+
+  // Let every thread finish what the next stage reads.
+  void meet() { shared.meeting.wait(); }
 
   void begin(const Part& next) {
     part = &next, weights = Stream(next.weights), state_at = 0;

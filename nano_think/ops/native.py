@@ -71,11 +71,13 @@ def build(source: Path, folder: Path) -> Path:
 
 
 def sources(source: Path) -> list[Path]:
-    """A source file and every file that it includes from beside it by `#include "..."`, directly or not."""
+    """A source file and every file that it includes by `#include "..."`, directly or not; missing ones left out."""
     found, new = [source], [source]
     while new:
-        names = re.findall(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', new.pop().read_text(), re.MULTILINE)
-        new += [source.with_name(name) for name in names if source.with_name(name) not in found + new]
+        including = new.pop()
+        names = re.findall(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', including.read_text(), re.MULTILINE)
+        included = [including.parent / name for name in names]
+        new += [path for path in included if path.is_file() and path not in found + new]
         found += [path for path in new if path not in found]
     return found
 

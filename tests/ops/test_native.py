@@ -41,6 +41,8 @@ def test_two_processes_build_into_one_folder(tmp_path: Path) -> None:
 
 def test_other_source_gets_another_name(tmp_path: Path) -> None:
     first = build(SOURCE, tmp_path)
+    for path in native.sources(SOURCE):
+        (tmp_path / path.name).write_text(path.read_text())
     copy = tmp_path / "selective_scan.cpp"
     copy.write_text(SOURCE.read_text() + "// changed\n")
     assert build(copy, tmp_path) != first
