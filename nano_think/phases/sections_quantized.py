@@ -15,6 +15,7 @@ from nano_think.evals.bootstrap import paired_difference
 from nano_think.evals.losses import DocumentLosses
 from nano_think.evals.report import Report, Table
 from nano_think.nn.quantized import Kind, weight_bytes
+from nano_think.phases.run import versions
 
 if TYPE_CHECKING:
     from nano_think.phases.evaluate import Evaluation
@@ -45,10 +46,16 @@ def quantization(evaluation: Evaluation, losses: dict[str, DocumentLosses]) -> N
         "both. Speed is that of "
         f"greedy decoding, one row, median of {REPEATS}; what is done once before it is not in it."
     )
+    run, made = evaluation.run, versions()
+    source = {
+        "checkpoint": evaluation.checkpoint.provenance.get("hash"),
+        "split": evaluation.settings["split"],
+        "command": run.command(phase=run.cfg.phase.name, expert=run.cfg.expert.name),
+        "code": made["commit"],
+        "machine": made["machine"],
+    }
     own = Report(f"Weights in {kind}").text(text).table(table).json({"kind": kind, "models": figures})
-    own.json(
-        {"checkpoint": evaluation.checkpoint.provenance.get("hash"), "split": evaluation.settings["split"]}
-    )
+    own.table(["", "made with"], [list(pair) for pair in source.items()]).json(source)
     folder = evaluation.run.dir / "quantization"
     folder.mkdir(exist_ok=True)
     own.write(folder)
