@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     only = "cases whose name fits, such as '*bf16'; may be given several times"
     made.add_argument("--only", metavar="PATTERN", action="append", help=only)
     made.add_argument("--compile", action="store_true", help="also cases under torch.compile")
+    made.add_argument("--checkpoint", type=Path, help="a trained model, for the group `latency`")
     made.add_argument("--memory", action="store_true", help="also peak memory, a process for each case")
     made.add_argument(
         "--keep-memory", action="store_true", help="the allocator keeps freed memory, for all cases"
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(name: str, args: argparse.Namespace, console: Console) -> None:
     """Measure one group, show it and write it down (a quick run only where a folder is named)."""
-    options = Options(quick=args.quick, compiled=args.compile)
+    options = Options(quick=args.quick, compiled=args.compile, checkpoint=args.checkpoint)
     group = selected(load_group(name, options), args.only)
     if not group.cases:
         for missing in group.missing:

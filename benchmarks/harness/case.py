@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -27,11 +28,13 @@ class Options:
 
     quick: sizes of a test, every case in well under a second. compiled: also cases under torch.compile.
     large: the sizes at which peak memory is measured; the cases have the same names as without it.
+    checkpoint: a folder of a trained model, for the groups that can time one.
     """
 
     quick: bool = False
     compiled: bool = False
     large: bool = False
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)

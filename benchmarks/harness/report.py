@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks.harness.statistics import Measured, Row, as_json
 from nano_think.evals.report import Table, plain, render_table
-from nano_think.files import write_json
+from nano_think.files import atomic_write, write_json
 from nano_think.phases.run import versions
 
 RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results" / "bench"
@@ -37,17 +37,23 @@ def settings(threads: int, kept_memory: bool) -> dict[str, Any]:
 def show(measured: Measured, console: Console | None = None) -> None:
     """The tables, the notes and what is missing."""
     console = console or Console()
-    rows = measured.rows()
-    render_table(main_table(measured, rows), console)
-    if pairs := ratio_rows(rows):
-        headers = ["case", "peer", "times as fast", ""]
-        render_table(Table(headers, pairs, formats=["", "", ".2f", ""], title="same round, medians"), console)
-    if derived := measured.derived():
-        render_table(Table(["figure", "value"], list(derived.items()), formats=["", ".3f"]), console)
+    for table in tables(measured, measured.rows()):
+        render_table(table, console)
     for missing in measured.group.missing:
         console.print(f"not here: {missing.name}: {missing.why}", markup=False)
     for note in measured.group.notes:
         console.print(note, markup=False)
+
+
+def tables(measured: Measured, rows: list[Row]) -> list[Table]:
+    """Cases, ratios to peers, and the group's own figures; those that there are."""
+    found = [main_table(measured, rows)]
+    if pairs := ratio_rows(rows):
+        headers = ["case", "peer", "times as fast", ""]
+        found.append(Table(headers, pairs, formats=["", "", ".2f", ""], title="same round, medians"))
+    if derived := measured.derived():
+        found.append(Table(["figure", "value"], list(derived.items()), formats=["", ".3f"]))
+    return found
 
 
 def main_table(measured: Measured, rows: list[Row]) -> Table:
@@ -82,7 +88,7 @@ def write(
     memory: Mapping[str, Any] | None,
     folder: Path,
 ) -> Path:
-    """<folder>/<name>.json and .png; returns the path of the first."""
+    """<folder>/<name>.json with every number, .md with the tables, .png; returns the path of the first."""
     rows = measured.rows()
     data = {
         "group": name,
@@ -99,8 +105,18 @@ def write(
     }
     path = folder / f"{name}.json"
     write_json(path, plain(data))
+    blocks = [f"# {name}", *(table.markdown() for table in tables(measured, rows)), *measured.group.notes]
+    blocks += [memory_table(memory).markdown()] if memory else []
+    blocks.append(f"`python -m benchmarks {' '.join(made_with.get('command', [name]))}`, {_made(made_with)}.")
+    atomic_write(folder / f"{name}.md", "\n\n".join(blocks) + "\n")
     draw(measured, rows, folder / f"{name}.png")
     return path
+
+
+def _made(made_with: Mapping[str, Any]) -> str:
+    """Machine, code and threads in a few words."""
+    known = {key: made_with[key] for key in ("machine", "commit", "threads") if key in made_with}
+    return ", ".join(f"{key} {value}" for key, value in known.items())
 
 
 def draw(measured: Measured, rows: list[Row], path: Path) -> None:
@@ -128,7 +144,8 @@ def draw(measured: Measured, rows: list[Row], path: Path) -> None:
 
 def memory_table(memory: Mapping[str, Mapping[str, float]]) -> Table:
     """Peak memory of every case in a process of its own, beside what it held before the work."""
-    rows = [[name, line["before_mb"], line["peak_mb"], line["work_mb"]] for name, line in memory.items()]
+    columns = ("before_mb", "peak_mb", "work_mb")
+    rows = [[name, *(line.get(column) for column in columns)] for name, line in memory.items()]
     headers = ["case", "loaded MB", "peak MB", "peak less loaded MB"]
     return Table(
         headers, rows, formats=["", ",.0f", ",.0f", ",.0f"], title="peak memory of a process of its own"

@@ -19,6 +19,8 @@ from benchmarks.harness.memory import peaks_of
 from benchmarks.harness.process import prepare
 from benchmarks.harness.report import show
 from benchmarks.peers import language_models, state_space_models
+from nano_think.artifacts.build import build
+from nano_think.artifacts.checkpoint import save_fused
 
 GROUPS = sorted(group_files())
 
@@ -119,8 +121,9 @@ def test_the_command_lists_runs_and_writes(tmp_path: Path, capsys: pytest.Captur
     assert command.main([]) == 0
     assert set(GROUPS) <= set(capsys.readouterr().out.split())
     assert command.main(["attention", "--quick", "--only", "*fp32", "--out", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"attention.json", "attention.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"attention.json", "attention.md", "attention.png"}
     assert "nano_think bf16" not in (tmp_path / "attention.json").read_text()
+    assert "| nano_think fp32 |" in (tmp_path / "attention.md").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and its group would run")
@@ -159,3 +162,25 @@ def test_kept_memory_is_asked_for_or_warned_about(monkeypatch: pytest.MonkeyPatc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepare(1)
+
+
+def test_latency_of_a_checkpoint_is_named_by_its_hash(tmp_path: Path, byte_tokenizer) -> None:
+    part = "nano_think.experts"
+    sizes = {"d_model": 32, "num_layers": 2, "dropout": 0.0}
+    experts = {
+        "transformer": {"_target_": f"{part}.transformer.TransformerExpert", "num_heads": 2, "ffn_dim": 64},
+        "state_space": {"_target_": f"{part}.state_space.StateSpaceExpert", "d_inner": 48, "d_state": 4},
+    }
+    spec = {"_target_": "nano_think.model.NanoThink", "vocab_size": 259, "d_model": 32}
+    spec["experts"] = {name: expert | sizes for name, expert in experts.items()}
+    save_fused(tmp_path, spec, build(spec), byte_tokenizer, 64)
+    (tmp_path / "provenance.json").write_text('{"hash": "0123abcd"}')
+    options = Options(quick=True, checkpoint=tmp_path)
+    measured = measure(load_group("latency", options), 1, quick=True, say=lambda line: None)
+    assert "checkpoint fused 0123abcd on " in measured.group.title
+    assert "part: state_space" in {case.name for case in measured.group.cases}
+    figures = measured.derived()
+    seconds = measured.seconds("part: router")[0]
+    assert figures["part: router: ms"] == pytest.approx(1e3 * seconds / 4)
+    with pytest.raises(SystemExit, match="too few to time"):
+        load_group("latency", Options(checkpoint=tmp_path))
