@@ -60,7 +60,8 @@ def _top_k(queries: Tensor, keys: Tensor, k: int, largest_norm: float) -> tuple[
     # Under the trainer's bf16 autocast the product would lose the digits that tell neighbours apart.
     with torch.autocast(keys.device.type, enabled=False):
         for start in range(0, len(keys), BLOCK):
-            products = queries @ keys[start : start + BLOCK].T
+            # the keys first: BLAS libraries handle many rows and few columns better than the transpose
+            products = keys[start : start + BLOCK] @ queries.T
             maxima = _groups(products)
             best = torch.cat((best, _largest(products, maxima, k)), 1)
             best = best.topk(min(k, best.shape[1]), dim=1).values
@@ -74,36 +75,38 @@ def _top_k(queries: Tensor, keys: Tensor, k: int, largest_norm: float) -> tuple[
 
 
 def _groups(products: Tensor) -> Tensor:
-    """Largest product of each group, (Q, ceil(n / GROUP))."""
-    whole = products.shape[1] // GROUP * GROUP
-    maxima = products[:, :whole].unflatten(1, (-1, GROUP)).amax(2)
-    if whole < products.shape[1]:
-        maxima = torch.cat((maxima, products[:, whole:].amax(1, keepdim=True)), 1)
-    return maxima
+    """Largest product of each group, (Q, ceil(n / GROUP)), of products (n, Q)."""
+    whole = len(products) // GROUP * GROUP
+    maxima = products[:whole].unflatten(0, (-1, GROUP)).amax(1)
+    if whole < len(products):
+        maxima = torch.cat((maxima, products[whole:].amax(0, keepdim=True)))
+    return maxima.T.contiguous()
 
 
-def _columns_of(groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Columns (..., GROUP) of groups (...), and which of them exist."""
-    columns = groups.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=groups.device)
-    return columns.clamp_max(count - 1), columns < count
+def _members(products: Tensor, rows: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys of groups (...) and their products with the queries `rows`, both (..., GROUP); -inf beyond the last."""
+    members = groups.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=groups.device)
+    values = products[members.clamp_max(len(products) - 1), rows.unsqueeze(-1)]
+    return members, values.masked_fill_(members >= len(products), -torch.inf)
 
 
 def _largest(products: Tensor, maxima: Tensor, k: int) -> Tensor:
-    """The k largest products of each row, or all where there are fewer: they lie in the k largest groups."""
-    count = products.shape[1]
+    """The k largest products of each query, or all where there are fewer: they lie in the k largest groups."""
     if maxima.shape[1] <= k:
-        return products.topk(min(k, count), dim=1).values
-    columns, exist = _columns_of(maxima.topk(k, dim=1).indices, count)
-    return products.gather(1, columns.flatten(1)).masked_fill(~exist.flatten(1), -torch.inf).topk(k, 1).values
+        return products.T.topk(min(k, len(products)), dim=1).values
+    rows = torch.arange(len(maxima), device=maxima.device).unsqueeze(1)
+    _, values = _members(products, rows, maxima.topk(k, dim=1).indices)
+    return values.flatten(1).topk(k, dim=1).values
 
 
 def _at_least(products: Tensor, maxima: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, column, product) of all products that reach their row's threshold."""
+    """(query, key, product) of all products that reach their query's threshold."""
     rows, groups = (maxima >= threshold.unsqueeze(1)).nonzero(as_tuple=True)
-    columns, exist = _columns_of(groups, products.shape[1])
-    values = products[rows.unsqueeze(1), columns]
-    hits, places = (exist & (values >= threshold[rows].unsqueeze(1))).nonzero(as_tuple=True)
-    return rows[hits], columns[hits, places], values[hits, places]
+    members, values = _members(products, rows, groups)
+    # where nothing is ruled out yet, what is not there must still be
+    reached = (values >= threshold[rows].unsqueeze(1)) & (members < len(products))
+    hits, places = reached.nonzero(as_tuple=True)
+    return rows[hits], members[hits, places], values[hits, places]
 
 
 def _rescored(
