@@ -52,7 +52,8 @@ def selective_scan(
     state: (B, d, n), h before the first position; None: zeros.
     backend: `auto` is `cpp` on the CPU where a compiler exists, `triton` on CUDA where it is installed and right
     (see `triton_problem`), neither for fp64, and `torch` otherwise; the environment variable NANO_THINK_SCAN
-    overrides the argument. A single position is always computed by `ref`, which is the fastest there.
+    overrides the argument. `cpp` is the fastest on the CPU at every length. A single position is always computed
+    by `ref`, so that the step of cached decoding can be compiled and exported.
 
     Computes in fp32 (fp64 for fp64 inputs) whatever autocast says. Returns y (B, L, d) in the dtype of x and the
     last state (B, d, n) in the dtype of the computation. Every tensor argument but `starts` has a gradient.

@@ -25,6 +25,7 @@ from nano_think.phases import arithmetic, memory
 from nano_think.phases.choices import Choices
 from nano_think.phases.fit import Fit
 from nano_think.phases.probe import PROBE_TOKENS, Probe, float32_matmul
+from nano_think.phases.scan_backend import choose_scan, chosen_scan
 from nano_think.tasks.base import FitTask
 
 # A validation an epoch, in short runs about ten in all, but not more often than every 100 steps.
@@ -63,7 +64,8 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
     how = choices["arithmetic"]
     trainer = _trainer(fit, task, selection, max_steps, interval, per_epoch, work, how["precision"])
     newest = _newest(work) if fit.run.cfg.resume == "auto" else None
-    with warnings.catch_warnings(), float32_matmul(how["float32_matmul"]):
+    scan = chosen_scan(task, choices.get("scan"), _device(fit), fit.run.cfg.precision, fit.run.say)
+    with warnings.catch_warnings(), float32_matmul(how["float32_matmul"]), scan:
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
@@ -90,6 +92,7 @@ def _prepare(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict
     """
     choices = Choices(work, reuse=fit.run.cfg.resume == "auto")
     asked = fit.run.cfg.precision
+    choose_scan(task, choices, _device(fit), asked)
     memory.forget_peak()
     if torch.cuda.is_available():
         choices.choose("arithmetic", lambda: arithmetic.on_gpu(asked))
@@ -106,6 +109,12 @@ def _prepare(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict
     if said := memory.warning(expected, memory.available(), f"{fit.key}.batch_size", fit.accumulate):
         fit.run.say(f"[yellow]warning: {said}[/yellow]")
     return {**choices.made, "arithmetic": how}
+
+
+def _device(fit: Fit) -> torch.device:
+    """Where the fit computes."""
+    gpu = torch.cuda.is_available() and fit.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if gpu else "cpu")
 
 
 def _few_rows(fit: Fit, data: TokenDataModule) -> dict[str, torch.Tensor]:
