@@ -19,6 +19,7 @@ from benchmarks.harness import Case, Group, Measured, Missing, Options, close
 from benchmarks.harness.case import installed
 from benchmarks.peers import llama_cpp_models as llama_cpp
 from benchmarks.peers.language_models import Size, llama, ours
+from nano_think.engine.compiled import compiled_decoder
 from nano_think.engine.generate import generate
 from nano_think.engine.native_step import NativeStep, Precision
 from nano_think.engine.sampling import SamplingConfig
@@ -69,6 +70,8 @@ def group(options: Options) -> Group:
     job = QUICK if options.quick else Job()
     cases, missing = [_case(job, "plain fp32", plain_step)], []
     rivals: tuple[str, ...] = ("plain fp32",)
+    if options.compiled:
+        cases.append(_case(job, "compiled fp32", compiled_step, peers=rivals))
     if installed("transformers"):
         cases += [
             _case(
@@ -221,6 +224,19 @@ def plain_step(job: Job) -> Callable[[], object]:
         for _ in range(job.new):
             token = _last(model, token, state)
         state.rollback(job.new)
+
+    return work
+
+
+def compiled_step(job: Job) -> Callable[[], object]:
+    """The plain step as one compiled function of tensors."""
+    decoder = compiled_decoder(model_of(job), max_len=job.prompt + job.new)
+    first = decoder.prefill(job.tokens()).argmax(dim=-1, keepdim=True)
+
+    def work() -> None:
+        token, decoder.position = first, job.prompt
+        for _ in range(job.new):
+            token = decoder.step(token)[0].argmax(dim=-1, keepdim=True)
 
     return work
 

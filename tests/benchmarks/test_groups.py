@@ -107,6 +107,8 @@ def test_a_peer_that_is_not_installed_is_a_named_line(monkeypatch: pytest.Monkey
 def test_compiled_cases_are_there_when_asked_for() -> None:
     names = [case.name for case in load_group("train", Options(quick=True, compiled=True)).cases]
     assert "nano_think bf16 compiled" in names
+    decoding = [case.name for case in load_group("decode", Options(quick=True, compiled=True)).cases]
+    assert "compiled fp32" in decoding
     assert len(set(names)) == len(names)
 
 
