@@ -71,7 +71,7 @@ def build(source: Path, folder: Path) -> Path:
 
 
 def sources(source: Path) -> list[Path]:
-    """A source file and every file that it includes by `#include "..."`, directly or not; missing ones left out."""
+    """A source file and every file it includes by `#include "..."`, directly or not; missing ones left out."""
     found, new = [source], [source]
     while new:
         including = new.pop()
