@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import tracemalloc
 from dataclasses import asdict
 
 import numpy as np
@@ -198,6 +199,31 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path, monkeypatch):
         for path in files:
             assert (other.path / path.relative_to(alone.path)).read_bytes() == path.read_bytes(), path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "alone"]
+
+
+def test_memory_does_not_grow_with_the_texts(tmp_path, monkeypatch):
+    """Four times the text in as many documents, so that what is kept of each does not count."""
+    monkeypatch.setattr("nano_think.data.spool._BATCH_CHARACTERS", 1 << 16)
+    monkeypatch.setattr("nano_think.data.corpus.BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr("nano_think.data.leakage._BATCH_NGRAMS", 1000)
+
+    class Growing(ListSource):
+        def __iter__(self):
+            rng = random.Random(0)
+            for i in range(200):
+                yield Document(" ".join(words(rng, self.documents)), "general", "s", str(i))
+
+    def peak(count):
+        prepare_corpus(Growing(10), tmp_path / f"warm{count}", processes=1)
+        tracemalloc.start()
+        prepare_corpus(Growing(count), tmp_path / str(count), processes=1)
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    small, large = peak(500), peak(2000)
+    assert (tmp_path / "2000" / "expert_train" / "general.jsonl").stat().st_size > 2_000_000
+    assert large < 1.5 * small, (small, large)  # holding the texts would make it 2.3
 
 
 def test_a_file_is_a_line_of_json_for_each_record(tmp_path):
