@@ -17,17 +17,14 @@ from nano_think.phases.mla import expert_cache, mla_maker, stages_of
 EXPERTS = ("transformer", "diffuser", "state_space")
 
 
+def _fit(run, split="fusion_train", max_steps=None):
+    numbers = {"lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "batch_size": 8, "accumulate": 1}
+    numbers |= {"max_epochs": 1, "max_steps": max_steps, "patience": 0}
+    return Fit(run, mla_maker(run, "7a").needs["shards"], numbers, "x", split, "training.mla")
+
+
 def _data(run, split):
-    maker = mla_maker(run, "7a")
-    numbers = {"lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "batch_size": 8, "accumulate": 1}
-    numbers |= {"max_epochs": 1, "max_steps": None, "patience": 0}
-    return Fit(run, maker.needs["shards"], numbers, "x", split, "training.mla").data()
-
-
-def _fit(run):
-    numbers = {"lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "batch_size": 8, "accumulate": 1}
-    numbers |= {"max_epochs": 1, "max_steps": 3, "patience": 0}
-    return Fit(run, mla_maker(run, "7a").needs["shards"], numbers, "x", "fusion_train")
+    return _fit(run, split).data()
 
 
 def _stage(built, stage):
@@ -137,7 +134,7 @@ def test_step_0_of_7b_is_the_static_pool(built):
 def test_7b_keeps_expert_outputs_where_they_fit_and_says_so(settings, said, folder, built, tmp_path, printed):
     model = _stage(built, "7a").model
     run = built.new("phase=mla", "expert=all", "++prereq.expert.trainer.max_steps=6", *settings)
-    fit = _fit(run)
+    fit = _fit(run, max_steps=3)
     data = fit.data()
     cache = expert_cache(run, fit, model, data, tmp_path / "cache")
     assert said in printed(run)
