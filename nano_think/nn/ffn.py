@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nano_think.ops import elementwise_cpp
 from nano_think.ops.unrecorded import apply
 
 
@@ -32,15 +33,24 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     return gated
 
 
+def gated_silu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The same from the formula, differentiated by autograd."""
+    return F.silu(gate) * up
+
+
 class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        if gate.dtype == up.dtype and elementwise_cpp.fits(gate, up):
+            return elementwise_cpp.gated_silu(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if gate.dtype == up.dtype == upstream.dtype and elementwise_cpp.fits(gate, up, upstream):
+            return elementwise_cpp.gated_silu_gradients(gate, up, upstream)
         d_gate = torch.ops.aten.silu_backward(upstream * up, gate)
         return d_gate, F.silu(gate).mul_(upstream)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nano_think.ops import elementwise_cpp
 from nano_think.ops.unrecorded import apply
 
 
@@ -37,6 +38,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+        if _fits(x, weight, dtype):
+            out, inverse = elementwise_cpp.rms_norm(x, weight, eps, dtype)
+            ctx.save_for_backward(x, weight, inverse)
+            return out
         wide = _wide(x)
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse = mean_square.add_(eps).rsqrt_()
@@ -48,6 +53,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
+        if _fits(x, weight, upstream.dtype) and elementwise_cpp.fits(upstream):
+            dx, d_weight = elementwise_cpp.rms_norm_gradients(x, weight, inverse, upstream)
+            return dx, d_weight, None, None
         normed, upstream, d_weight = _wide(x) * inverse, _wide(upstream), None
         product = normed * upstream
         if weight is None:
@@ -59,6 +67,11 @@ class _RMSNorm(torch.autograd.Function):
             d_normed = upstream * weight
         dx = torch.addcmul(d_normed, normed, mean, value=-1).mul_(inverse)
         return dx.to(x.dtype), d_weight, None, None
+
+
+def _fits(x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
+    plain = weight is None or (weight.dtype == torch.float32 and elementwise_cpp.fits(weight))
+    return plain and dtype in (torch.float32, torch.bfloat16) and elementwise_cpp.fits(x)
 
 
 def _wide(x: Tensor) -> Tensor:

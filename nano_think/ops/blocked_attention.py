@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nano_think.ops import elementwise_cpp
+
 BLOCK = 128
 
 
@@ -57,10 +59,12 @@ class _Block:
         part = x[self.row, :, self.start : self.stop]
         part.copy_(values.view(part.shape))
 
-    def probabilities(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Softmax of the visible scores, (G, R * queries, keys); queries come scaled."""
+    def probabilities(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """Softmax of the visible scores times `scale`, (G, R * queries, keys)."""
         scores = torch.bmm(queries, keys.mT)
-        per_head = scores.unflatten(1, (-1, self.stop - self.start))
+        if elementwise_cpp.fits(scores):
+            return elementwise_cpp.softmax_of_scores(scores, self.bias.contiguous(), scale)
+        per_head = scores.mul_(scale).unflatten(1, (-1, self.stop - self.start))
         per_head[..., -self.bias.shape[1] :] += self.bias
         return scores.softmax(dim=-1)
 
@@ -73,7 +77,7 @@ class _BlockedAttention(torch.autograd.Function):
         # in memory (B, L, H, E), as the output projection reads it
         out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
         for block in _blocks(q, first):
-            p = block.probabilities(block.queries(q, groups) * _scale(q), block.keys(k))
+            p = block.probabilities(block.queries(q, groups), block.keys(k), _scale(q))
             block.write(out, torch.bmm(p, block.keys(v)))
         ctx.save_for_backward(q, k, v, first)
         return out
@@ -86,15 +90,21 @@ class _BlockedAttention(torch.autograd.Function):
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device) for x in (k, v))
         for block in _blocks(q, first):
-            queries, keys = block.queries(q, groups) * scale, block.keys(k)
+            queries, keys = block.queries(q, groups), block.keys(k)
             d_mixed = block.queries(upstream, groups).contiguous()
-            p = block.probabilities(queries, keys)
+            p = block.probabilities(queries, keys, scale)
             block.keys(dv).add_(torch.bmm(p.mT, d_mixed))
             dp = torch.bmm(d_mixed, block.keys(v).mT)
-            d_scores = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            block.write(dq, torch.bmm(d_scores, keys).mul_(scale))
+            d_scores = _scores_gradient(p, dp, scale)
+            block.write(dq, torch.bmm(d_scores, keys))
             block.keys(dk).add_(torch.bmm(d_scores.mT, queries))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _scores_gradient(p: Tensor, dp: Tensor, scale: float) -> Tensor:
+    if elementwise_cpp.fits(p, dp):
+        return elementwise_cpp.scores_gradient(p, dp, scale)
+    return torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
 
 
 def _scale(q: Tensor) -> float:

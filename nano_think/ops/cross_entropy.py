@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nano_think.ops import elementwise_cpp
+
 IGNORED = -100
 CHUNK = 1024
 # A CPU takes the softmax in pieces of 4 MiB: they stay in the cache. Without a backward pass, logits come in such
@@ -132,6 +134,8 @@ def _logit_gradients(
 
 def _softmax_minus_one_hot(z: Tensor, labels: Tensor, buffers: list[Tensor]) -> Tensor:
     """Turn logits z (n, V) into softmax - one-hot of `labels` (n,) in place; their losses (n,), fp32."""
+    if elementwise_cpp.fits(z):
+        return elementwise_cpp.softmax_minus_one_hot(z, labels)
     logits, p = (buffer[: len(z)] for buffer in buffers)
     torch.softmax(logits.copy_(z), dim=-1, out=p)
     label = labels.unsqueeze(1)
