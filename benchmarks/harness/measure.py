@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable
 
@@ -53,14 +54,23 @@ def measure(group: Group, rounds: int, quick: bool = False, say: Say = print) ->
 
 
 def time_units(work: Work, units: int, device: str = "cpu") -> Sample:
-    """CPU and wall time of that many calls; garbage of earlier cases is collected before the clock starts."""
+    """CPU and wall time of that many calls; garbage of earlier cases is collected before the clock starts.
+
+    Processes that a call starts and waits for count as its own.
+    """
     gc.collect()
     wait_for(device)
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), _cpu_seconds()
     for _ in range(units):
         work()
     wait_for(device)
-    return Sample(time.process_time() - cpu, time.perf_counter() - wall, units)
+    return Sample(_cpu_seconds() - cpu, time.perf_counter() - wall, units)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of all its children that have ended."""
+    of_children = os.times()
+    return time.process_time() + of_children.children_user + of_children.children_system
 
 
 def _due(case: Case, number: int) -> bool:

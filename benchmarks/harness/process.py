@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import ctypes
+import time
 import warnings
 
 import torch
 
+from nano_think.ops.products import float32_matmul, fp32_stays
+
 # glibc's mallopt: never give the end of the heap back, never map large blocks one by one
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 NEVER_TRIM = 2**31 - 1
+PRODUCTS = 6
 
 
-def prepare(threads: int, kept: bool = False, precision: str = "medium") -> None:
-    """Threads, matmul precision and, with `kept`, an allocator that keeps freed memory.
+def prepare(threads: int, kept: bool = False) -> None:
+    """Threads, the library of fp32 products and, with `kept`, an allocator that keeps freed memory.
 
-    `medium` lets torch choose oneDNN for fp32 products, which on CPUs without bf16 matrix units still computes in
-    fp32 and is the faster; the peers get it too. Memory that is given back and asked for again costs page faults,
-    more for models that hold all logits: `kept` takes that cost from all.
+    Of the two libraries that torch has for fp32 products the faster is taken, for all cases. Memory that is given
+    back and asked for again costs page faults, more for models that hold all logits: `kept` takes that cost from
+    all.
     """
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(faster_products())
     if kept and not keep_memory():
         warnings.warn("this C library has no mallopt: freed memory goes back to the system", stacklevel=2)
+
+
+def faster_products(size: int = 768) -> str:
+    """torch's `float32_matmul_precision` whose fp32 products are fp32 arithmetic and take less time here."""
+    if not fp32_stays("medium"):
+        return "highest"
+    square = torch.ones(size, size)
+    seconds = {"highest": float("inf"), "medium": float("inf")}
+    for _ in range(PRODUCTS):
+        for setting in seconds:
+            with float32_matmul(setting):
+                started = time.process_time()
+                torch.mm(square, square)
+                seconds[setting] = min(seconds[setting], time.process_time() - started)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def keep_memory() -> bool:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nano_think.files import hash_json, write_json
 from nano_think.ops.native import cache_folder
-from nano_think.phases.probe import Probe, Step, float32_matmul
+from nano_think.ops.products import fp32_stays
+from nano_think.phases.probe import Probe, Step
 from nano_think.phases.run import processor
 
 FP32, BF16 = "32-true", "bf16-mixed"
@@ -51,20 +52,6 @@ def on_gpu(precision: str) -> dict[str, Any]:
     if precision == "auto":
         precision = BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else FP32
     return _chosen(precision, torch.get_float32_matmul_precision())
-
-
-def fp32_stays(setting: str) -> bool:
-    """Whether products of fp32 matrices and batches of them are fp32 arithmetic under a setting of torch's."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [((256, 320), (320, 192)), ((4, 128, 64), (4, 64, 128))]
-    with float32_matmul(setting):
-        for left, right in shapes:
-            a, b = torch.randn(left, generator=generator), torch.randn(right, generator=generator)
-            exact = a.double() @ b.double()
-            # bf16 keeps 8 bits: its error is a thousand times that of fp32
-            if float(((a @ b).double() - exact).abs().max() / exact.abs().max()) > 1e-5:
-                return False
-    return True
 
 
 def _candidates(precision: str) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nano_think.ops.products import float32_matmul
 from nano_think.tasks.base import Batch, FitTask
 
 # What a probe looks at: long enough that a step's parts have their usual shares, short enough not to be noticed.
@@ -122,14 +123,3 @@ class LiveTensors(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
-
-
-@contextmanager
-def float32_matmul(setting: str) -> Iterator[None]:
-    """torch's setting for fp32 products inside, what it was outside."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -15,16 +15,18 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 from nano_think.callbacks.dashboard import Dashboard
+from nano_think.callbacks.first_step import FirstStep
 from nano_think.callbacks.progress import StepProgress
 from nano_think.callbacks.reconstructions import Reconstructions
 from nano_think.callbacks.selection import ValidationSelection
 from nano_think.callbacks.step_seed import StepSeed
 from nano_think.data.module import TokenDataModule
+from nano_think.ops.products import float32_matmul, fp32_stays
 from nano_think.optim.schedule import capped_warmup
 from nano_think.phases import arithmetic, memory
 from nano_think.phases.choices import Choices
 from nano_think.phases.fit import Fit
-from nano_think.phases.probe import PROBE_TOKENS, Probe, float32_matmul
+from nano_think.phases.probe import PROBE_TOKENS, Probe
 from nano_think.phases.scan_backend import choose_scan, chosen_scan
 from nano_think.tasks.base import FitTask
 
@@ -100,7 +102,7 @@ def _prepare(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict
         return dict(choices.made)
     probe = Probe(task, _few_rows(fit, data))
     how = choices.choose("arithmetic", lambda: arithmetic.settle(probe, asked))
-    if not arithmetic.fp32_stays(how["float32_matmul"]):
+    if not fp32_stays(how["float32_matmul"]):
         how = {**how, "float32_matmul": "highest"}  # resumed on another processor
     expected = memory.estimate(probe, how["precision"], fit.training["batch_size"])
     fit.run.record_fit(fit.label, choices=choices.made, estimated_memory_gb=expected.in_gb())
@@ -153,6 +155,8 @@ def _trainer(
     ]
     if hasattr(task, "targets"):
         callbacks.append(Reconstructions(fit.tokenizer(), seed=fit.run.cfg.seed))
+    if "first_step" not in fit.run.manifest:
+        callbacks.append(FirstStep(fit.run.record))
     own = ("max_epochs", "max_steps", "val_check_interval", "accumulate_grad_batches")
     # whole optimizer steps: an epoch that ended between two would cut its last step short
     settings = {"limit_train_batches": per_epoch * fit.accumulate, **fit.trainer}

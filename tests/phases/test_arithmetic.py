@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nano_think.ops.products import float32_matmul, fp32_stays
 from nano_think.phases import arithmetic
 from nano_think.phases.arithmetic import BF16, FP32
-from nano_think.phases.probe import Probe, Step, float32_matmul
+from nano_think.phases.probe import Probe, Step
 
 TASKS = ("transformer", "state_space", "diffuser", "route")
 
@@ -72,14 +73,14 @@ def test_bf16_steps_are_within_the_tolerance_of_the_choice(kind, probe):
     made = probe(kind)
     plain = made.step(FP32, "highest")
     assert arithmetic._same(plain, made.step(BF16, "highest"), arithmetic.TOLERANCES[BF16])
-    if arithmetic.fp32_stays("medium"):
+    if fp32_stays("medium"):
         assert arithmetic._same(plain, made.step(FP32, "medium"), arithmetic.TOLERANCES[FP32])
     wrong = Step(plain.loss, [g * 1.2 for g in plain.gradients], 0.0)
     assert not arithmetic._same(plain, wrong, arithmetic.TOLERANCES[BF16])
 
 
 def test_products_rounded_to_bf16_are_found_out(monkeypatch):
-    assert arithmetic.fp32_stays("highest")
+    assert fp32_stays("highest")
     real = torch.Tensor.__matmul__
 
     def rounded(a, b):
@@ -87,8 +88,8 @@ def test_products_rounded_to_bf16_are_found_out(monkeypatch):
         return real(a.bfloat16().float(), b.bfloat16().float()) if half else real(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert arithmetic.fp32_stays("highest")
-    assert not arithmetic.fp32_stays("medium")
+    assert fp32_stays("highest")
+    assert not fp32_stays("medium")
     assert (FP32, "medium") not in list(arithmetic._candidates("auto"))
 
 
