@@ -84,6 +84,7 @@ class RunConfig:
     seed: int = 1
     expert_seed: int | None = None
     precision: str = "auto"
+    compile: bool = False
     ckpt: str | None = None
     resume: str = "auto"
     prerequisites: str = "auto"

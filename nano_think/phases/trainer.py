@@ -25,6 +25,7 @@ from nano_think.ops.products import float32_matmul, fp32_stays
 from nano_think.optim.schedule import capped_warmup
 from nano_think.phases import arithmetic, memory
 from nano_think.phases.choices import Choices
+from nano_think.phases.compiling import compiled
 from nano_think.phases.fit import Fit
 from nano_think.phases.probe import PROBE_TOKENS, Probe
 from nano_think.phases.scan_backend import choose_scan, chosen_scan
@@ -75,7 +76,12 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
                 trainer.validate(task, datamodule=data, verbose=False)
             else:
                 fit.run.say(f"resuming {fit.label} from {newest}")
-            trainer.fit(task, datamodule=data, ckpt_path=newest, weights_only=True)
+            with compiled(task.network, fit.run.cfg.compile) as parts:
+                if fit.run.cfg.compile:
+                    fit.run.say(
+                        f"[dim]compiled: {', '.join(parts) or 'nothing, a diffuser stays eager'}[/dim]"
+                    )
+                trainer.fit(task, datamodule=data, ckpt_path=newest, weights_only=True)
         except SystemExit as error:
             # Lightning's answer to Ctrl+C: it exits the process and leaves it deaf to another one
             signal.signal(signal.SIGINT, signal.default_int_handler)
