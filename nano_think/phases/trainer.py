@@ -102,7 +102,7 @@ def _prepare(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict
     asked = fit.run.cfg.precision
     choose_scan(task, choices, _device(fit), asked)
     memory.forget_peak()
-    if torch.cuda.is_available():
+    if _device(fit).type == "cuda":
         choices.choose("arithmetic", lambda: arithmetic.on_gpu(asked))
         fit.run.record_fit(fit.label, choices=choices.made)
         return dict(choices.made)
