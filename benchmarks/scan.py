@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, Group, Measured, Missing, Options, close
+from benchmarks.harness.allocations import peak_bytes
 from benchmarks.harness.case import installed
 from benchmarks.harness.statistics import slope
 from nano_think.ops.selective_scan import Backend, cpp_problem, selective_scan
 
 D_INNER, D_STATE = 768, 16
-LENGTHS, SLOPE_LENGTHS = (512, 2048), (256, 512, 1024, 2048, 4096)
+LENGTHS, SLOPE_LENGTHS, MEMORY_LENGTHS = (512, 2048), (256, 512, 1024, 2048, 4096), (1024, 2048, 4096)
 QUICK_LENGTHS = (8, 16)
 GATE_LENGTH = 64
 LOOP_ROUNDS = 2  # 4 s at length 512 and quadratic
+NOTES = (
+    "The loop over positions is mambapy's own sequential path.",
+    f"Peak memory would be above {D_STATE} with any tensor of length x channels x states.",
+)
 Scan = Callable[..., Tensor]
 
 
@@ -27,7 +32,8 @@ def group(options: Options) -> Group:
     channels = 16 if options.quick else D_INNER
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
     slope_lengths = QUICK_LENGTHS if options.quick else SLOPE_LENGTHS
-    scans, missing = _scans(lengths)
+    memory_lengths = QUICK_LENGTHS if options.quick else MEMORY_LENGTHS
+    scans, missing = _scans(lengths, options.compiled)
     fastest = next(iter(scans))
     cases = [
         _case(name, scans, channels, length, length == lengths[0])
@@ -36,13 +42,22 @@ def group(options: Options) -> Group:
         if name == fastest or (length in lengths and (name != "textbook loop" or length == lengths[0]))
     ]
     derived = {f"slope of log time over log length, {fastest}": partial(_slope, fastest, slope_lengths)}
+    derived |= {
+        f"peak memory in tensors of length x channels, {fastest} {length}": partial(
+            peak_tensors, scans[fastest], channels, length
+        )
+        for length in memory_lengths
+    }
     title = f"selective scan, one layer, {channels} channels, N {D_STATE}, fwd + bwd, fp32"
-    return Group(
-        title, cases, missing, ("The loop over positions is mambapy's own sequential path.",), derived
-    )
+    return Group(title, cases, missing, NOTES, derived)
 
 
-def _scans(lengths: tuple[int, ...]) -> tuple[dict[str, Scan], list[Missing]]:
+def peak_tensors(scan: Scan, channels: int, length: int, _: Measured | None = None) -> float:
+    """What forward and backward hold at most, without inputs, counted in fp32 tensors (length, channels)."""
+    return peak_bytes(forward_backward(scan, channels, length)) / (4 * length * channels)
+
+
+def _scans(lengths: tuple[int, ...], compiled: bool) -> tuple[dict[str, Scan], list[Missing]]:
     """What can run here, the fastest of ours first, and what cannot."""
     scans: dict[str, Scan] = {}
     missing = []
@@ -51,6 +66,8 @@ def _scans(lengths: tuple[int, ...]) -> tuple[dict[str, Scan], list[Missing]]:
     else:
         scans["nano_think cpp"] = partial(_ours, backend="cpp")
     scans["nano_think torch"] = partial(_ours, backend="torch")
+    if compiled:
+        scans["nano_think compile"] = partial(_ours, backend="compile")
     if installed("mambapy"):
         from mambapy.mamba import MambaBlock
 

@@ -68,8 +68,8 @@ class TorchScan:
         forward_chunk: Callable[..., Any] | None = None,
         backward_chunk: Callable[..., Any] | None = None,
     ) -> None:
-        self.forward_chunk = forward_chunk or chunk_outputs
-        self.backward_chunk = backward_chunk or chunk_gradients
+        self.forward_chunk: Callable[..., Any] = forward_chunk or chunk_outputs
+        self.backward_chunk: Callable[..., Any] = backward_chunk or chunk_gradients
 
     def forward(
         self, inputs: ScanInputs, starts: Tensor | None, state: Tensor, keep: bool

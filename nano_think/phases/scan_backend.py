@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
 
 from nano_think.nn.mixers.s6 import S6
-from nano_think.ops.selective_scan import choose_backend
+from nano_think.ops.selective_scan import Backend, choose_backend
 from nano_think.phases.choices import Choices
 
 
@@ -38,7 +39,7 @@ def chosen_scan(
         name = None
     mixers = _open_mixers(model) if name else []
     for mixer in mixers:
-        mixer.backend = name
+        mixer.backend = cast(Backend, name)
     try:
         yield
     finally:
