@@ -185,15 +185,15 @@ inline void product(const char* panel, const char* next, const Operands& operand
     for (int j = 0; j < kVectors; ++j) sums[r][j] = total[r][j];
 }
 
-// The same for numbers of rows and of passes over the panel that are known at run time only.
-template <Kind K, int R = kBlock<K>>
-inline void product_of(int64_t rows, int64_t passes, const char* panel, const char* next, const Operands& x,
-                       int64_t first, int64_t cols, Vec (*sums)[kVectors]) {
-  if constexpr (R > 1) {
-    if (rows < R) return product_of<K, R - 1>(rows, passes, panel, next, x, first, cols, sums);
+// The same for a number of rows that is known at run time only. Rows are dealt out evenly, so that a pass of several
+// has at least half a block.
+template <Kind K, int Lines, int R = kBlock<K>>
+inline void product_of(int64_t rows, const char* panel, const char* next, const Operands& x, int64_t first,
+                       int64_t cols, Vec (*sums)[kVectors]) {
+  if constexpr (R > (Lines == 4 ? 1 : std::max(kBlock<K> / 2, 1))) {
+    if (rows < R) return product_of<K, Lines, R - 1>(rows, panel, next, x, first, cols, sums);
   }
-  const auto call = passes == 1 ? product<K, R, 4> : passes <= 3 ? product<K, R, 2> : product<K, R, 1>;
-  call(panel, next, x, first, cols, sums);
+  product<K, R, Lines>(panel, next, x, first, cols, sums);
 }
 
 // The weights, in the order in which they are used.
@@ -225,7 +225,8 @@ class Stream {
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t first = x.rows * pass / passes, last = x.rows * (pass + 1) / passes;
         const char* next = panel + (passes == 1 ? kAhead : bytes + bytes * pass / passes);
-        product_of<K>(last - first, passes, panel, next, x, first, cols, sums);
+        const auto call = passes == 1 ? product_of<K, 4> : product_of<K, 2>;
+        call(last - first, panel, next, x, first, cols, sums);
         for (int64_t row = first; row < last; ++row) use(row, p, sums[row - first]);
       }
     }
