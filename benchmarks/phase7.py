@@ -312,10 +312,9 @@ def step_is_plain(size: Size, precision: str) -> None:
     close("the loss", loss, want, TOLERANCE[precision])
     if grads.keys() != want_grads.keys() or any(name.startswith("experts.") for name in grads):
         raise AssertionError("gradients of other parameters than those of the stage")
-    # the router's own gradients are small differences of large terms, so that bf16 is judged beside the gains'
-    together = _ROUTING if precision == "bf16" else ()
-    groups = [(name,) for name in want_grads if name not in together]
-    for names in [together, *groups] if together else groups:
+    # the router's own gradients are small differences of large terms and are judged beside the gains'
+    others = [(name,) for name in want_grads if name not in _ROUTING]
+    for names in [_ROUTING, *others]:
         got, plain_grad = (
             torch.cat([found[name].flatten() for name in names]) for found in (grads, want_grads)
         )
