@@ -13,7 +13,7 @@ from nano_think.ops.products import float32_matmul, fp32_stays
 # glibc's mallopt: never give the end of the heap back, never map large blocks one by one
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 NEVER_TRIM = 2**31 - 1
-PRODUCTS = 6
+PRODUCTS = 8
 
 
 def prepare(threads: int, kept: bool = False) -> None:
@@ -29,7 +29,7 @@ def prepare(threads: int, kept: bool = False) -> None:
         warnings.warn("this C library has no mallopt: freed memory goes back to the system", stacklevel=2)
 
 
-def faster_products(size: int = 768) -> str:
+def faster_products(size: int = 1024) -> str:
     """torch's `float32_matmul_precision` whose fp32 products are fp32 arithmetic and take less time here."""
     if not fp32_stays("medium"):
         return "highest"
