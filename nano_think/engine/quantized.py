@@ -11,7 +11,7 @@ from torch import Tensor
 from nano_think.engine.generate import Generation, generate
 from nano_think.engine.native_step import supports
 from nano_think.engine.sampling import SamplingConfig
-from nano_think.nn.quantized import Kind, quantize
+from nano_think.nn.quantized import Kind, quantize, require_finite
 from nano_think.ops.native import BuildError, find_compiler
 
 
@@ -30,6 +30,7 @@ def generate_quantized(
     options: of `generate`. Raises UserError for weights that cannot be quantised.
     """
     if _native_can(model, options):
+        require_finite(model)
         return generate(model, prompts, max_new_tokens, config, native=True, precision=kind, **options)
     return generate(quantize(copy.deepcopy(model), kind), prompts, max_new_tokens, config, **options)
 

@@ -107,22 +107,27 @@ def quantize(model: Network, kind: Kind) -> Network:
     """
     if kind not in get_args(Kind):
         raise ValueError(f"quantize must be one of {', '.join(get_args(Kind))}, not {kind!r}")
+    require_finite(model)
     swapped: dict[nn.Module, nn.Module] = {}
-    for path, parent in list(model.named_modules()):
+    for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is None:
                 continue
             if child not in swapped and (coarse := _counterpart(child)) is not None:
-                weight = child.get_parameter("weight")
-                if not bool(weight.isfinite().all()):
-                    raise UserError(
-                        f"{path}.{name} holds weights that are not finite, so the model cannot be quantised: "
-                        "use a checkpoint of a fit that did not diverge"
-                    )
-                swapped[child] = coarse(weight, kind)
+                swapped[child] = coarse(child.get_parameter("weight"), kind)
             if child in swapped:
                 setattr(parent, name, swapped[child])
     return model.eval().requires_grad_(False)
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise UserError naming the first matrix to be made coarse that holds a value which is not finite."""
+    for name, module in model.named_modules():
+        if _counterpart(module) is not None and not bool(module.get_parameter("weight").isfinite().all()):
+            raise UserError(
+                f"{name} holds weights that are not finite, so the model cannot be quantised: "
+                "use a checkpoint of a fit that did not diverge"
+            )
 
 
 def weight_bytes(model: nn.Module) -> int:

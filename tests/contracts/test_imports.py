@@ -19,6 +19,8 @@ MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
 )
+# modules that are nothing without a package which is not for everyone, loaded where it is there
+NEEDS = {"nano_think.ops.scan_triton": "triton"}
 OTHERS = ["data", "vector_store", "mla", "model"]
 OPTIONAL = ("datasets", "einops", "scipy", "transformers", "wandb", "zstandard")
 
@@ -92,8 +94,9 @@ def test_package_files_import_nothing(path: Path) -> None:
 
 
 def test_every_module_imports() -> None:
-    loaded = loaded_by(f"import importlib\nfor m in {MODULES!r}: importlib.import_module(m)")
-    assert set(MODULES) <= loaded
+    modules = [m for m in MODULES if m not in NEEDS or importlib.util.find_spec(NEEDS[m])]
+    loaded = loaded_by(f"import importlib\nfor m in {modules!r}: importlib.import_module(m)")
+    assert set(modules) <= loaded
     assert "torchvision" not in loaded
 
 

@@ -38,10 +38,12 @@ def packed() -> Layout:
 
 
 def with_mask(layout: Layout, mask: Tensor) -> Layout:
-    """The layout with another mask (L, L) written over its own."""
-    changed = Layout(layout.positions, layout.segments)
-    changed.__dict__["mask"] = mask[None, None]
-    return changed
+    """The layout with a mask (L, L) in place of what it lets a token see."""
+
+    class Masked(Layout):
+        sight = property(lambda _: (mask[None, None], None))
+
+    return Masked(layout.positions, layout.segments)
 
 
 def moved(expert: DiffuserExpert, x: Tensor, t: int, layout: Layout | None = None, steps: int = 1) -> Tensor:

@@ -59,9 +59,10 @@ def patched(target: Any, **changes: Any) -> Iterator[None]:
 
 
 def both_sided_convolution() -> AbstractContextManager[None]:
-    def conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Any = None, window: Any = None) -> Tensor:
+    def conv(x: Tensor, weight: Tensor, bias: Tensor, *_: Any, silu: bool) -> Tensor:
         both_sides = F.pad(x.transpose(1, 2), (1, weight.shape[1] - 2))
-        return F.conv1d(both_sides, weight.unsqueeze(1), bias, groups=len(weight)).transpose(1, 2)
+        out = F.conv1d(both_sides, weight.unsqueeze(1), bias, groups=len(weight)).transpose(1, 2)
+        return F.silu(out) if silu else out
 
     return patched(s6, causal_conv=conv)
 
@@ -93,15 +94,15 @@ def off_by_one_document_mask() -> AbstractContextManager[None]:
     return patched(attention_ops, document_mask=one_too_far)
 
 
-def off_by_one_layout_mask() -> AbstractContextManager[None]:
-    def mask(layout: Layout) -> Tensor:
+def off_by_one_layout_sight() -> AbstractContextManager[None]:
+    def sight(layout: Layout) -> tuple[Tensor, None]:
         length = layout.segments.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool).tril(1)
         same = layout.segments.unsqueeze(2) == layout.segments.unsqueeze(1)
         visible = causal & same & ~layout.pads.unsqueeze(1)
-        return (visible | torch.eye(length, dtype=torch.bool)).unsqueeze(1)
+        return (visible | torch.eye(length, dtype=torch.bool)).unsqueeze(1), None
 
-    return patched(Layout, mask=property(mask))
+    return patched(Layout, sight=property(sight))
 
 
 def noisy_stream_sees_later_keys() -> AbstractContextManager[None]:
@@ -110,10 +111,9 @@ def noisy_stream_sees_later_keys() -> AbstractContextManager[None]:
     def forward(
         self: Any, x: Tensor, tau: Any, context: Tensor, clean: Any, layout: Layout, *rest: Any
     ) -> Tensor:
-        everything = replace(layout, plain=False)
-        keys = clean[0][0].shape[2]
-        everything.__dict__["mask"] = torch.ones(1, 1, x.shape[1], keys, dtype=torch.bool)
-        return original(self, x, tau, context, clean, everything, *rest)
+        everything = torch.ones(1, 1, x.shape[1], clean[0][0].shape[2], dtype=torch.bool)
+        with patched(Layout, sight=property(lambda _: (everything, None))):
+            return original(self, x, tau, context, clean, layout, *rest)
 
     return patched(TwoStreamDenoiser, forward=forward)
 
@@ -129,8 +129,10 @@ def query_of_the_chunk_itself() -> AbstractContextManager[None]:
 
 
 def convolution_without_reset(module: Any) -> Fault:
-    def conv(x: Tensor, weight: Tensor, bias: Any = None, segments: Any = None, window: Any = None) -> Tensor:
-        return causal_conv(x, weight, bias, None, window)
+    def conv(
+        x: Tensor, weight: Tensor, bias: Any = None, segments: Any = None, window: Any = None, **how: Any
+    ) -> Tensor:
+        return causal_conv(x, weight, bias, None, window, **how)
 
     return lambda: patched(module, causal_conv=conv)
 
@@ -166,8 +168,10 @@ def ssd_scan_without_memory() -> AbstractContextManager[None]:
 
 
 def convolution_without_memory() -> AbstractContextManager[None]:
-    def conv(x: Tensor, weight: Tensor, bias: Any = None, segments: Any = None, window: Any = None) -> Tensor:
-        return causal_conv(x, weight, bias, segments, None)
+    def conv(
+        x: Tensor, weight: Tensor, bias: Any = None, segments: Any = None, window: Any = None, **how: Any
+    ) -> Tensor:
+        return causal_conv(x, weight, bias, segments, None, **how)
 
     return patched(s6, causal_conv=conv)
 
@@ -220,12 +224,10 @@ def mix_of_neighbours() -> AbstractContextManager[None]:
 def rotation_shifted_by_slots() -> AbstractContextManager[None]:
     original = LatentAttention._attend
 
-    def attend(
-        self: Any, x: Tensor, layout: Layout, entries: Any, mask: Any, memory: Any, *rest: Any
-    ) -> Tensor:
+    def attend(self: Any, x: Tensor, layout: Layout, entries: Any, memory: Any, *rest: Any) -> Tensor:
         slots = 0 if memory is None else memory.valid.shape[-1]
         later = Layout(layout.positions + slots, layout.segments, layout.plain)
-        return original(self, x, later, entries, mask, memory, *rest)
+        return original(self, x, later, entries, memory, *rest)
 
     return patched(LatentAttention, _attend=attend)
 
@@ -388,7 +390,7 @@ CONTROLS = [
     Control("off-by-one mask", off_by_one_attention, T, "A1 A2 A3", MIXER),
     Control("off-by-one mask, MLA", off_by_one_shared_attention, "mixture", "A1 A2 A3", MLA),
     Control("off-by-one document mask", off_by_one_document_mask, T, "A1", MIXER),
-    Control("off-by-one layout mask, MLA", off_by_one_layout_mask, "mixture", "A1", MLA),
+    Control("off-by-one layout sight, MLA", off_by_one_layout_sight, "mixture", "A1", MLA),
     Control("noisy stream sees later keys", noisy_stream_sees_later_keys, D, "A1 A2 A3", NOISY),
     Control(
         "noisy stream, fused", noisy_stream_sees_later_keys, "fused", "A1", "experts.diffuser.denoiser.*"
