@@ -1,7 +1,7 @@
 """Decoding one row: the native step, our plain PyTorch step, llama.cpp and Hugging Face Llama.
 
 One unit is NEW greedy tokens after a prompt that was read before the clock started. `generate` cases read the
-prompt too, and ours packs its weights within the clock.
+prompt too; ours finds its weights packed, by a call before, as they stay until the model changes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Group, Measured, Missing, Options, close
 from benchmarks.harness.case import installed
+from benchmarks.harness.reading import read_all
 from benchmarks.peers import llama_cpp_models as llama_cpp
 from benchmarks.peers.language_models import Size, llama, ours
 from nano_think.engine.compiled import compiled_decoder
@@ -38,7 +39,7 @@ LLAMA_RIVALS: dict[Precision, tuple[llama_cpp.Kind, ...]] = {
     "int8": ("q8_0",),
 }
 HF_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-READ = "read the fp32 weights"
+READ = "read the {} weights"
 SLOW = 3  # rounds of the peers that take seconds a unit
 LONG = 4096  # context of the state-space cases, against the prompt's
 NOTES = (
@@ -83,7 +84,10 @@ def group(options: Options) -> Group:
             )
             for name, dtype in HF_TYPES.items()
         ]
-        cases += [_case(job, "HF generate fp32", hugging_face_generate, max_rounds=SLOW)]
+        cases += [
+            _case(job, f"HF generate {name}", partial(hugging_face_generate, dtype=dtype), max_rounds=SLOW)
+            for name, dtype in HF_TYPES.items()
+        ]
         rivals += tuple(f"HF {name}" for name in HF_TYPES)
     else:
         missing += [Missing(f"HF {name}", "pip install transformers") for name in HF_TYPES]
@@ -93,20 +97,20 @@ def group(options: Options) -> Group:
         find_compiler()
     except BuildError as error:
         return Group(_title(job), cases, [*missing, Missing("native", str(error))], NOTES)
-    cases.append(_case(job, READ, reading))
+    cases += [_case(job, READ.format(p), partial(reading, precision=p)) for p in get_args(Precision)]
     cases += [_native_case(job, precision, rivals, bool(llamas)) for precision in get_args(Precision)]
-    whole = ("HF generate fp32",) if installed("transformers") else ()
-    cases.append(_case(job, "nano_think generate", our_generate, peers=whole))
+    whole = tuple(f"HF generate {name}" for name in HF_TYPES) if installed("transformers") else ()
+    cases += [
+        _case(job, f"nano_think generate {p}", partial(our_generate, precision=p), peers=whole)
+        for p in get_args(Precision)
+    ]
     contexts = (job.prompt, 2 * job.prompt if options.quick else LONG)
     cases += [
         _case(job, f"state space native, context {n}", partial(state_space, context=n)) for n in contexts
     ]
-    sizes = {p: NativeStep(model_of(job), p, max_len=1).bytes_per_token for p in get_args(Precision)}
     derived: dict[str, Callable[[Measured], float]] = {
-        f"native {p}: share of the reading speed": partial(
-            read_share, precision=p, share_of_bytes=size / sizes["fp32"]
-        )
-        for p, size in sizes.items()
+        f"native {p}: share of the reading speed": partial(read_share, precision=p)
+        for p in get_args(Precision)
     }
     derived["state space: speed at the long context over that at the short one"] = partial(
         flat, contexts=contexts
@@ -165,22 +169,21 @@ def model_of(job: Job) -> ExpertLM:
     return model.eval()
 
 
-def reading(job: Job) -> Callable[[], object]:
-    """Read the fp32 weights once for each new token and do next to nothing with them."""
-    weights = NativeStep(model_of(job), max_len=1).weights.view(torch.float32)
+def reading(job: Job, precision: Precision) -> Callable[[], object]:
+    """Read the packed weights once for each new token and do next to nothing with them."""
+    weights = NativeStep(model_of(job), precision, max_len=1).weights
 
     def work() -> None:
         for _ in range(job.new):
-            weights.max()
+            read_all(weights)
 
     return work
 
 
-def read_share(measured: Measured, precision: Precision, share_of_bytes: float) -> float:
-    """Bytes of weights per CPU second over those of `reading` in the same round, median over the rounds."""
-    return measured.over_rounds(
-        lambda seconds: share_of_bytes * seconds[READ] / seconds[f"native {precision}"]
-    )
+def read_share(measured: Measured, precision: Precision) -> float:
+    """Time that reading the weights alone takes over that of the step, median over the rounds."""
+    read, step = READ.format(precision), f"native {precision}"
+    return measured.over_rounds(lambda seconds: seconds[read] / seconds[step])
 
 
 def native(job: Job, precision: Precision) -> Callable[[], object]:
@@ -276,9 +279,9 @@ def hugging_face(job: Job, dtype: torch.dtype) -> Callable[[], object]:
     return work
 
 
-def hugging_face_generate(job: Job) -> Callable[[], object]:
+def hugging_face_generate(job: Job, dtype: torch.dtype) -> Callable[[], object]:
     """Prompt and new tokens."""
-    model: Any = llama(job.size).network.eval()
+    model: Any = llama(job.size).network.eval().to(dtype)
     tokens = job.tokens()
     return lambda: model.generate(tokens, **_greedy(job))
 
@@ -288,10 +291,10 @@ def _greedy(job: Job) -> dict[str, Any]:
     return {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None, **length}
 
 
-def our_generate(job: Job) -> Callable[[], object]:
-    """Prompt, packing and new tokens, with the log-probability of each."""
-    model, prompt = model_of(job), job.tokens()
-    return lambda: generate(model, prompt, job.new, SamplingConfig(temperature=0.0), native=True)
+def our_generate(job: Job, precision: Precision) -> Callable[[], object]:
+    """Prompt and new tokens, with the log-probability of each; the prompt is read in fp32."""
+    model, prompt, greedy = model_of(job), job.tokens(), SamplingConfig(temperature=0.0)
+    return lambda: generate(model, prompt, job.new, greedy, native=True, precision=precision)
 
 
 @torch.no_grad()
