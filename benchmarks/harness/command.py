@@ -1,6 +1,6 @@
 """A whole command with all its processes: time, CPU time and peak memory, written beside the other results.
 
-python -m benchmarks.harness.command text_to_shards -- train.py phase=data size=seed run.root=/tmp/fresh
+python -m benchmarks.harness.command text_to_shards -- train.py phase=data size=seed run.root=FOLDER
 """
 
 from __future__ import annotations
