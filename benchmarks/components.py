@@ -186,9 +186,12 @@ def part_step(size: Size, name: str, part: str, dtype: torch.dtype) -> Work:
 
 
 def head_step(size: Size, name: str, dtype: torch.dtype) -> Work:
-    """The tied head with its loss."""
-    table = BUILDERS[name](size).model.embedding.weight
-    labels, hidden = size.draw()[1], _draw(size).requires_grad_()
+    """The tied head with its loss, on the expert's own outputs: larger ones would make denormal probabilities."""
+    model, (tokens, labels) = BUILDERS[name](size).model, size.draw()
+    table = model.embedding.weight
+    with torch.no_grad():
+        hidden = model(tokens, with_logits=False).hidden
+    hidden = hidden.clone().requires_grad_()
 
     def work() -> None:
         hidden.grad = table.grad = None
