@@ -50,7 +50,9 @@ inline float exponentials(const T* z, E* e, int64_t n, float scale, const T* bia
   const int64_t plain = n - columns;
   const auto at = [&](int64_t i) {
     Vec v = load_part(z + i, n - i, -kInfinity) * scale;
-    if (bias && i + kLanes > plain) {
+    if (bias && i >= plain && i + kLanes <= n) {
+      v += load(bias + i - plain);
+    } else if (bias && i + kLanes > plain) {
       float parts[kLanes];
       for (int64_t j = 0; j < kLanes; ++j)
         parts[j] = i + j >= plain && i + j < n ? scalar(bias[i + j - plain]) : 0.0f;
