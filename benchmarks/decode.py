@@ -251,8 +251,8 @@ def _last(model: ExpertLM, tokens: Tensor, state: Any) -> Tensor:
 
 
 def llama_step(job: Job, kind: llama_cpp.Kind) -> Callable[[], object]:
-    """As `native`, from the prompt's end."""
-    model = llama_cpp.LlamaCpp(job.size, kind, rows=1, length=job.prompt + job.new)
+    """As `native`, from the prompt's end: all rows in one context, one call a position."""
+    model = llama_cpp.LlamaCpp(job.size, kind, rows=job.rows, length=job.prompt + job.new)
     first = model.prefill(job.tokens()).argmax(dim=-1).tolist()
 
     def work() -> None:

@@ -13,7 +13,17 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks.decode import HF_TYPES, LLAMA_RIVALS, LLAMA_TOLERANCES, QUICK, SLOW, TOLERANCES, Job, model_of
+from benchmarks.decode import (
+    HF_TYPES,
+    LLAMA_RIVALS,
+    LLAMA_TOLERANCES,
+    QUICK,
+    SLOW,
+    TOLERANCES,
+    Job,
+    llama_step,
+    model_of,
+)
 from benchmarks.decode import hugging_face as hugging_face_rows
 from benchmarks.harness import Case, Group, Missing, Options, close
 from benchmarks.harness.case import Peak, installed
@@ -63,7 +73,7 @@ def _case(job: Job, name: str, setup: Callable[[Job], Any], peak: Peak | None = 
 
 def _llama_case(job: Job, kind: llama_cpp.Kind) -> Case:
     check = partial(same_llama, job, kind, LLAMA_TOLERANCES[kind])
-    return _case(job, f"llama.cpp {kind}", partial(llama_rows, kind=kind), check=check, peak=PEAKS.get(kind))
+    return _case(job, f"llama.cpp {kind}", partial(llama_step, kind=kind), check=check, peak=PEAKS.get(kind))
 
 
 def _native_case(job: Job, precision: Precision, rivals: list[str], with_llama: bool) -> Case:
@@ -109,20 +119,6 @@ def plain_rows(job: Job) -> Callable[[], object]:
         for _ in range(job.new):
             tokens = read(tokens)
         state.rollback(job.new)
-
-    return work
-
-
-def llama_rows(job: Job, kind: llama_cpp.Kind) -> Callable[[], object]:
-    """16 sequences in one context, one call a position."""
-    model = llama_cpp.LlamaCpp(job.size, kind, rows=job.rows, length=job.prompt + job.new)
-    first = model.prefill(job.tokens()).argmax(dim=-1).tolist()
-
-    def work() -> None:
-        tokens = first
-        model.forget(job.prompt)
-        for position in range(job.prompt, job.prompt + job.new):
-            tokens = model.step(tokens, position).argmax(dim=-1).tolist()
 
     return work
 

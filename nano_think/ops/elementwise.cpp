@@ -26,14 +26,6 @@ inline Vec load_part(const T* p, int64_t count, float fill) {
   return load(parts);
 }
 
-template <class T>
-inline void store_part(T* p, Vec v, int64_t count) {
-  if (count >= kLanes) return store(p, v);
-  T parts[kLanes];
-  store(parts, v);
-  std::copy(parts, parts + count, p);
-}
-
 inline float largest(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
@@ -70,7 +62,7 @@ inline float exponentials(const T* z, E* e, int64_t n, float scale, const T* bia
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec exponential = exp2_((at(i) - *max) * kLog2e);
     total += exponential;
-    store_part(e + i, exponential, n - i);
+    store(e + i, exponential, n - i);
   }
   return sum(total);
 }
@@ -83,7 +75,7 @@ float softmax_minus_one_hot(T* z, int64_t n, int64_t label, float* scratch) {
   const float total = exponentials<T, float>(z, scratch, n, 1.0f, nullptr, 0, &max);
   const float inverse = 1.0f / total;
   scratch[label] -= total;
-  for (int64_t i = 0; i < n; i += kLanes) store_part(z + i, load_part(scratch + i, n - i, 0.0f) * inverse, n - i);
+  for (int64_t i = 0; i < n; i += kLanes) store(z + i, load_part(scratch + i, n - i, 0.0f) * inverse, n - i);
   return (max - logit) + std::log(total);
 }
 
@@ -111,7 +103,7 @@ void attention_forward(T* z, const T* bias, int64_t rows, int64_t n, int64_t que
       const T* own = bias + row % queries * columns;
       const float inverse = 1.0f / exponentials<T, float>(p, scratch.data(), n, scale, own, columns, &max);
       for (int64_t i = 0; i < n; i += kLanes)
-        store_part(p + i, load_part(scratch.data() + i, n - i, 0.0f) * inverse, n - i);
+        store(p + i, load_part(scratch.data() + i, n - i, 0.0f) * inverse, n - i);
     }
   }
 }
@@ -128,7 +120,7 @@ void attention_backward(const T* p, T* dp, int64_t rows, int64_t n, float scale,
     const float mean = sum(total);
     for (int64_t i = 0; i < n; i += kLanes) {
       const Vec share = load_part(own + i, n - i, 0.0f) * scale;
-      store_part(d + i, share * (load_part(d + i, n - i, 0.0f) - mean), n - i);
+      store(d + i, share * (load_part(d + i, n - i, 0.0f) - mean), n - i);
     }
   }
 }
@@ -139,7 +131,7 @@ void swiglu_forward(const T* gate, const T* up, T* out, int64_t n, int threads) 
   for (int64_t first = 0; first < n; first += kPiece)
     for (int64_t i = first; i < std::min(n, first + kPiece); i += kLanes) {
       const Vec g = load_part(gate + i, n - i, 0.0f);
-      store_part(out + i, g * sigmoid(g) * load_part(up + i, n - i, 0.0f), n - i);
+      store(out + i, g * sigmoid(g) * load_part(up + i, n - i, 0.0f), n - i);
     }
 }
 
@@ -150,8 +142,8 @@ void swiglu_backward(const T* gate, const T* up, const T* dout, T* dgate, T* dup
     for (int64_t i = first; i < std::min(n, first + kPiece); i += kLanes) {
       const Vec g = load_part(gate + i, n - i, 0.0f), d = load_part(dout + i, n - i, 0.0f);
       const Vec s = sigmoid(g), open = g * s;
-      store_part(dup + i, d * open, n - i);
-      store_part(dgate + i, d * load_part(up + i, n - i, 0.0f) * (s + open * (1.0f - s)), n - i);
+      store(dup + i, d * open, n - i);
+      store(dgate + i, d * load_part(up + i, n - i, 0.0f) * (s + open * (1.0f - s)), n - i);
     }
 }
 
@@ -170,7 +162,7 @@ void norm_forward(const T* x, const float* w, O* y, float* inverse, int64_t rows
     for (int64_t i = 0; i < n; i += kLanes) {
       Vec v = load_part(own + i, n - i, 0.0f) * r;
       if (w) v *= load_part(w + i, n - i, 0.0f);
-      store_part(y + row * n + i, v, n - i);
+      store(y + row * n + i, v, n - i);
     }
   }
 }
@@ -192,7 +184,7 @@ void norm_backward(const T* x, const float* w, const float* inverse, const O* dy
       for (int64_t i = 0; i < n; i += kLanes) {
         const Vec h = load_part(own + i, n - i, 0.0f) * r, product = load_part(d + i, n - i, 0.0f) * h;
         if (gain) {
-          store_part(gain + i, load_part(gain + i, n - i, 0.0f) + product, n - i);
+          store(gain + i, load_part(gain + i, n - i, 0.0f) + product, n - i);
           total += product * load_part(w + i, n - i, 0.0f);
         } else {
           total += product;
@@ -203,7 +195,7 @@ void norm_backward(const T* x, const float* w, const float* inverse, const O* dy
         const Vec h = load_part(own + i, n - i, 0.0f) * r;
         Vec g = load_part(d + i, n - i, 0.0f);
         if (gain) g *= load_part(w + i, n - i, 0.0f);
-        store_part(dx + row * n + i, (g - h * mean) * r, n - i);
+        store(dx + row * n + i, (g - h * mean) * r, n - i);
       }
     }
   }

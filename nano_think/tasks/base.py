@@ -61,9 +61,8 @@ class FitTask(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Scaled sum of the batch, see the class docstring."""
         sums = self.batch_loss(batch)
-        labels = (
-            batch["labels"] != -100
-        ).sum()  # stays on its device: reading it here would wait for the step
+        # stays on its device: reading it here would wait for the step
+        labels = (batch["labels"] != -100).sum()
         self._pending_labels = self._pending_labels + labels
         means = {f"train/{name}": value.detach() / labels.clamp_min(1) for name, value in sums.items()}
         self.log("train/loss", means.pop("train/loss"), prog_bar=True)
