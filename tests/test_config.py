@@ -38,7 +38,7 @@ def composed(*arguments: str) -> DictConfig:
         (["expert=transfomer"], ["all, diffuser, state_space, transformer", "did you mean 'transformer'?"]),
         (["phase=mla", "expert=transformer"], ["expert=all", "phase=expert expert=transformer"]),
         (["stage=9"], ["7a, 7b, 7c, 7d, all"]),
-        (["size=medium"], ["budget30, seed, small, tiny"]),
+        (["size=medium"], ["budget30, seed, small, study, tiny"]),
         (["experiments=deno"], ["experiments=deno does not exist"]),
         (["data=jsonl"], ["data.root has no default"]),
         (["tokenizer=gpt2"], ["tokenizer.path has no default"]),

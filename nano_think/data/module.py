@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from nano_think.data.packing import RowReader
-from nano_think.data.sampler import DomainSampler
+from nano_think.data.sampler import DomainSampler, mixing_shares
 from nano_think.data.seen import Stream, seen_streams
 from nano_think.data.shards import Shards
 from nano_think.errors import UserError
@@ -46,6 +46,9 @@ class TokenDataModule(L.LightningDataModule):
         mode: `packed` or `padded`.
         val_rows: at most so many rows a domain in `val_dataloader`, spread evenly over the split; None for
             all.
+        train_tokens: at most so many tokens of the training split are ever read, in the shares of the domains and
+            spread evenly over each; None for all.
+        train_part: which of the disjoint selections of that size, see `DomainSampler`.
         seed: of the order of training rows.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
 
@@ -66,6 +69,8 @@ class TokenDataModule(L.LightningDataModule):
         val_rows: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        train_tokens: int | None = None,
+        train_part: int = 0,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -75,6 +80,9 @@ class TokenDataModule(L.LightningDataModule):
         self.train_split, self.val_split, self.val_rows = train_split, val_split, val_rows
         self.mixing, self.temperature, self.seed = mixing, temperature, seed
         self.num_workers = num_workers
+        self.train_tokens, self.train_part = train_tokens, train_part
+        if train_tokens is not None and train_tokens < 1:
+            raise UserError(f"data.train_tokens={train_tokens} leaves nothing to train on")
         self._loaded: dict[str, Any] = {"batches": 0}
 
     @property
@@ -95,7 +103,10 @@ class TokenDataModule(L.LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Micro-batches of one epoch: ceil(tokens of the training split / tokens of all ranks' batches)."""
-        return -(-self.shards.num_tokens(self.train_split) // (self.batch_size * self._world * self.seq_len))
+        tokens = self.shards.num_tokens(self.train_split)
+        if self.train_tokens is not None:
+            tokens = min(tokens, self.train_tokens)
+        return -(-tokens // (self.batch_size * self._world * self.seq_len))
 
     @property
     def batches_done(self) -> int:
@@ -181,6 +192,8 @@ class TokenDataModule(L.LightningDataModule):
             "mode",
             "seed",
             "tokenizer_hash",
+            "train_tokens",
+            "train_part",
         )
         settings = {name: getattr(self, name) for name in names}
         return {**settings, "corpus_hash": self.shards.manifest["corpus_hash"], "num_ranks": self._world}
@@ -203,7 +216,11 @@ class TokenDataModule(L.LightningDataModule):
 
     def _sampler(self, reader: RowReader) -> DomainSampler:
         rows = dict(zip(self.domains, reader.rows_per_domain, strict=True))
-        return DomainSampler(rows, self.mixing, self.temperature, self.seed)
+        limits = None
+        if self.train_tokens is not None:
+            shares = mixing_shares(reader.rows_per_domain, self.mixing, self.temperature, self.domains)
+            limits = [max(1, round(self.train_tokens * share / self.seq_len)) for share in shares]
+        return DomainSampler(rows, self.mixing, self.temperature, self.seed, limits, self.train_part)
 
     def _check_length(self, shares: np.ndarray) -> None:
         for name, share in zip(self.domains, shares, strict=True):

@@ -89,9 +89,11 @@ class DomainSampler:
         rows_per_domain: number of rows of each domain, by name or in order.
         mixing, temperature: see `mixing_shares`.
         seed: 0 .. 2**64 - 1.
+        limits: of each domain use only so many rows, spread evenly over all of them; None uses all.
+        part: which of the disjoint selections of that size; 0 begins at the first row.
 
     Raises:
-        UserError: as `mixing_shares`.
+        UserError: as `mixing_shares`, or a part that a domain is too short for.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class DomainSampler:
         mixing: str | Sequence[float] | Mapping[str, float] = "equal",
         temperature: float = 1.0,
         seed: int = 0,
+        limits: Sequence[int] | None = None,
+        part: int = 0,
     ) -> None:
         if not 0 <= seed < 1 << 64:
             raise UserError(f"seed={seed} must lie between 0 and 2**64 - 1")
@@ -108,7 +112,15 @@ class DomainSampler:
             rows_per_domain.values() if isinstance(rows_per_domain, Mapping) else rows_per_domain
         )
         self.shares = mixing_shares(self.rows, mixing, temperature, names)
-        self.seed = seed
+        self.seed, self.part, self._all_rows = seed, part, self.rows
+        if limits is not None:
+            self.rows = [min(count, limit) for count, limit in zip(self.rows, limits, strict=True)]
+        for count, kept, name in zip(self._all_rows, self.rows, names or range(len(self.rows)), strict=True):
+            if kept and not 0 <= part < max(1, count // kept):
+                raise UserError(
+                    f"data.train_part={part} does not exist: domain {name} has {count} rows, which is "
+                    f"{count // kept} parts of {kept}; lower data.train_part or data.train_tokens"
+                )
         self._visits = np.zeros((1, len(self.rows)), np.int64)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._orders: dict[tuple[int, int], np.ndarray] = {}
@@ -129,7 +141,8 @@ class DomainSampler:
             domains, visits = self._block(index // BLOCK)
             domain, visit = int(domains[index % BLOCK]), int(visits[index % BLOCK])
             full_pass, place = divmod(visit, self.rows[domain])
-            result.append((domain, int(self._order(domain, full_pass)[place])))
+            chosen = int(self._order(domain, full_pass)[place])
+            result.append((domain, chosen * self._all_rows[domain] // self.rows[domain] + self.part))
         return result
 
     def _random(self, purpose: int, first: int, second: int, count: int) -> np.ndarray:

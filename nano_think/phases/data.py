@@ -100,7 +100,10 @@ def load_shards(run: Run, maker: Maker) -> Shards:
 
 def loader_settings(run: Run) -> dict[str, Any]:
     """How rows are drawn and laid out: what `data.*` says besides the source."""
-    return {key: run.plain(run.cfg.data[key]) for key in ("mixing", "temperature", "mode", "val_rows")}
+    settings = {key: run.plain(run.cfg.data[key]) for key in ("mixing", "temperature", "mode", "val_rows")}
+    if run.cfg.data.train_tokens is not None:
+        settings |= {key: run.cfg.data[key] for key in ("train_tokens", "train_part")}
+    return settings
 
 
 def data_module(run: Run, shards: Maker, batch_size: int, train_split: str) -> TokenDataModule:

@@ -236,6 +236,8 @@ def as_trained(data: TokenDataModule, provenance: dict[str, Any]) -> TokenDataMo
     data.seed = fit["seed"]
     for name in ("mixing", "temperature", "mode"):
         setattr(data, name, fit["loader"][name])
+    data.train_tokens = fit["loader"].get("train_tokens")
+    data.train_part = fit["loader"].get("train_part", 0)
     return data
 
 
