@@ -1,4 +1,4 @@
-"""Reports: one Markdown file to read, one JSON file to compute with, and the same tables on the terminal."""
+"""Reports: Markdown and one self-contained HTML file to read, JSON to compute with, the tables on the terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nano_think.evals.report_html import html_page
 from nano_think.files import atomic_write, write_json
 
 
@@ -168,17 +169,24 @@ class Report:
                 blocks.append(part)
         return "\n\n".join(blocks) + "\n"
 
+    def html(self) -> str:
+        """The report as one HTML file with its figures inside.
+
+        Raises:
+            FileNotFoundError: a figure does not exist.
+        """
+        return html_page(self.title, self._parts)
+
     def write(self, directory: str | Path) -> Path:
-        """Write report.md and report.json; returns the path of report.md.
+        """Write report.md, report.html and report.json; returns the path of report.md.
 
         Raises:
             FileNotFoundError: a figure does not exist.
         """
         directory = Path(directory)
-        for part in self._parts:
-            if isinstance(part, tuple) and not part[0].is_file():
-                raise FileNotFoundError(f"The report's figure {part[0]} does not exist: draw it first.")
+        page = self.html()  # first, because it refuses figures that do not exist
         tables = [{"title": t.title, "headers": t.headers, "rows": t.rows} for t in self.tables]
         write_json(directory / "report.json", plain({"title": self.title, **self._data, "tables": tables}))
+        atomic_write(directory / "report.html", page)
         atomic_write(directory / "report.md", self.markdown(directory))
         return directory / "report.md"

@@ -84,7 +84,7 @@ def test_report_is_written_in_order_with_relative_figures(tmp_path):
         "best": 0.5,
         "tables": [{"title": "T", "headers": ["a"], "rows": [[1.0]]}],
     }
-    assert sorted(os.listdir(tmp_path / "out")) == ["report.json", "report.md"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["report.html", "report.json", "report.md"]
     assert report.tables[0].title == "T"
 
 
