@@ -66,6 +66,13 @@ class DocumentLosses:
         """`loss`, `perplexity` or `bpb` of each domain, in the order of the domain index."""
         return [getattr(self, metric)(domain) for domain in range(self.num_domains)]
 
+    def macro(self, metric: str = "loss") -> float:
+        """`loss` or `bpb` with every domain alike, where plain `loss()` weighs every token alike.
+
+        The mean over the domains that have documents.
+        """
+        return float(np.mean([getattr(self, metric)(domain) for domain in np.unique(self.domain)]))
+
     def documents(self, domain: int | None = None) -> int:
         """Number of documents."""
         return int(self._chosen(domain).sum())

@@ -132,3 +132,17 @@ def test_no_gradient_and_bad_results():
         document_losses(nll_fn, [empty], LENGTHS, 4)
     with pytest.raises(ValueError, match="at least one"):
         DocumentLosses.concatenate([])
+
+
+def test_micro_weighs_tokens_and_macro_domains():
+    losses = DocumentLosses(
+        uid=np.arange(3),
+        domain=np.array([0, 2, 2]),
+        sum_nll=np.array([20.0, 30.0, 60.0]),
+        num_tokens=np.array([10, 10, 20]),
+        num_bytes=np.array([40, 20, 40]),
+        num_domains=4,
+    )
+    assert losses.loss() == pytest.approx(110 / 40)
+    assert losses.macro() == pytest.approx((2 + 3) / 2)
+    assert losses.macro("bpb") == pytest.approx((20 / 40 + 90 / 60) / 2 / math.log(2))
