@@ -79,6 +79,7 @@ class RunConfig:
     logger: Any = MISSING
     eval: Any = field(default_factory=dict)
     generate: Any = field(default_factory=dict)
+    study: Any = field(default_factory=dict)
     prereq: Any = field(default_factory=dict)
     stage: str = "all"
     seed: int = 1

@@ -61,7 +61,9 @@ def mla_maker(run: Run, stage: str) -> Maker:
         _refuse_leaks(spec["model"]["router"], *(needs[name].spec["network"] for name in spec["experts"]))
         spec |= {"seq_len": run.cfg.size.seq_len, "mode": run.cfg.data.mode}
     else:
-        needs["before"] = mla_maker(run, STAGES[STAGES.index(stage) - 1])
+        # a router over one expert has nothing to learn
+        one = len(run.cfg.expert.names) == 1
+        needs["before"] = mla_maker(run, "7a" if one and stage == "7c" else STAGES[STAGES.index(stage) - 1])
         keys = ("anchor", "entropy_token", "entropy_mean", "memory_dropout", "router_lr_scale")
         spec |= {"fit": fit.spec, **{key: training[key] for key in keys}}
     if stage == "7d":
@@ -70,7 +72,9 @@ def mla_maker(run: Run, stage: str) -> Maker:
     def build(path: Path) -> dict[str, Any]:
         return _static(run, maker, fit, path) if stage == "7a" else _train(run, maker, stage, fit, path)
 
-    command = run.command(phase="mla", expert=run.cfg.expert.name, stage=stage)
+    names = run.cfg.expert.names
+    phase, expert = ("mla", run.cfg.expert.name) if len(names) > 1 else ("finetune", names[0])
+    command = run.command(phase=phase, expert=expert, stage=stage)
     maker = Maker(f"mla_{stage}", spec, build, needs, command)
     return maker
 
@@ -279,14 +283,13 @@ def stages_of(maker: Maker) -> Iterator[tuple[str, Maker]]:
 
 def run(run: Run) -> dict[str, Any]:
     """`phase=mla`: make the stages in order, show what each gained, publish the model."""
-    if len(run.cfg.expert.names) < 2:
-        raise UserError("phase=mla mixes experts: use expert=all")
     maker = mla_maker(run, last_stage(run))
     if run.cfg.stage == "all" and not maker.recipe.exists(run.artifacts):
         for _, made in stages_of(maker):
             run.obtain(made, named=True)
     path = run.obtain(maker, named=True)
-    published = run.publish(path, "nano_think")
+    names = run.cfg.expert.names
+    published = run.publish(path, "nano_think" if len(names) > 1 else f"finetuned_{names[0]}")
     rows = []
     for stage, made in stages_of(maker):
         if not made.recipe.exists(run.artifacts):

@@ -37,9 +37,9 @@ from nano_think.files import atomic_dir, atomic_write, write_json
 
 # What only the phase named on the command line receives; everything else reaches prerequisites too.
 OWN_KEYS = {"phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run"}
-OWN_KEYS |= {"prompt", "prompt_file", "generate", "eval", "memory", "quantize", "hydra"}
+OWN_KEYS |= {"prompt", "prompt_file", "generate", "eval", "memory", "quantize", "study", "hydra"}
 # Phases whose configuration has the numbers of the fused model.
-WITH_MLA = {"mla", "eval", "audit", "generate", "pipeline"}
+WITH_MLA = {"mla", "finetune", "eval", "audit", "generate", "pipeline", "study"}
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,18 @@ class Run:
 
     def sub(self, phase: str, expert: str | None = None) -> Run:
         """The run of a prerequisite phase: same data, sizes and seeds, its own optimizer and trainer."""
-        kept = [*self._handed_on(phase), f"phase={phase}"]
+        more = []
         prereq = self.plain(self.cfg.prereq)
         for name in (phase, expert):
             for key, value in _flat(prereq.get(name)):
-                kept.append(f"{'++' * ('.' in key)}{key}={_literal(value)}")
+                more.append(f"{'++' * ('.' in key)}{key}={_literal(value)}")
         if self.cfg.expert_seed is not None and phase == "expert":
-            kept.append(f"seed={self.cfg.expert_seed}")
-        kept = _last_of_each(kept)
+            more.append(f"seed={self.cfg.expert_seed}")
+        return self.composed(phase, more, expert)
+
+    def composed(self, phase: str, more: Iterable[str], expert: str | None = None) -> Run:
+        """A run of another phase with this one's settings and `more`; expert: the only one it is about."""
+        kept = _last_of_each([*self._handed_on(phase), f"phase={phase}", *more])
         cfg = compose("config", kept)
         if expert is not None:
             # composed with the expert= of the whole run, so that overrides of any expert stay valid
@@ -172,6 +176,10 @@ class Run:
     def result_of(artifact: Path) -> dict[str, Any]:
         """What the build of an artefact recorded about itself."""
         return json.loads((artifact / COMPLETE_MARK).read_text())["result"]
+
+    def seconds_of(self, maker: Maker) -> float:
+        """How long the build of an existing artefact took."""
+        return json.loads((maker.recipe.path(self.artifacts) / COMPLETE_MARK).read_text())["seconds"]
 
     def publish(self, source: Path, name: str) -> Path:
         """Copy an artefact to `checkpoints/<name>`, the place that users and scripts name; returns that place.

@@ -349,3 +349,18 @@ def test_two_processes_of_lightning_see_disjoint_rows(make, tmp_path) -> None:
     for number, (left, right) in enumerate(zip(first, second, strict=True)):
         interleaved = [row for pair in zip(left, right, strict=True) for row in pair]
         assert interleaved == batches[number]["tokens"].tolist()
+
+
+def test_training_reads_at_most_so_many_tokens(make) -> None:
+    whole, held = make(), make(train_tokens=96)
+    assert held.steps_per_epoch == 2 < whole.steps_per_epoch
+    drawn = {
+        (int(domain), int(row))
+        for _ in range(8)
+        for batch in held.train_dataloader()
+        for domain, row in zip(batch["domain"], batch["row"], strict=True)
+    }
+    assert 0 < len(drawn) <= 6  # two rows of 16 tokens in each of three domains
+    assert contents(held.val_dataloader()) == contents(whole.val_dataloader())
+    with pytest.raises(UserError, match="train_tokens=0"):
+        make(train_tokens=0)

@@ -166,3 +166,30 @@ def test_impossible_mixing_is_explained(rows, mixing, temperature, message) -> N
 def test_seed_must_fit_the_generator() -> None:
     with pytest.raises(UserError, match="seed=-1"):
         DomainSampler(ROWS, seed=-1)
+
+
+def test_limits_keep_so_many_rows_spread_evenly_and_parts_are_disjoint() -> None:
+    limits = [100, 100, 50]
+    parts = [
+        set(
+            DomainSampler({"a": 4000, "b": 1000, "c": 150}, seed=2, limits=limits, part=part).draws(
+                np.arange(2000)
+            )
+        )
+        for part in range(3)
+    ]
+    for part in parts:
+        assert counts(sorted(part)).tolist() == limits  # every kept row was drawn, no other
+    assert not parts[0] & parts[1] | parts[1] & parts[2] | parts[0] & parts[2]
+    rows = sorted(row for domain, row in parts[0] if domain == 0)
+    assert rows == [40 * i for i in range(100)]
+
+
+def test_limits_above_the_rows_change_nothing() -> None:
+    free, held = DomainSampler(ROWS, seed=2), DomainSampler(ROWS, seed=2, limits=[9999] * 3)
+    assert free.draws(np.arange(500)) == held.draws(np.arange(500))
+
+
+def test_a_part_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UserError, match="domain c has 50 rows, which is 2 parts of 20"):
+        DomainSampler(ROWS, limits=[20, 20, 20], part=2)

@@ -228,6 +228,24 @@ def test_memory_settings_matter_where_memory_is_trained_alone(project):
     assert stage.spec["retrieval"]["granularity"] == "chunk"
 
 
+def test_a_single_expert_is_finetuned_without_a_router_stage(built):
+    run = built.first.composed("finetune", [], expert="transformer")
+    maker = mla_maker(run, "7c")
+    assert [stage for stage, _ in stages_of(maker)] == ["7a", "7c"]
+    assert maker.command.startswith("python train.py phase=finetune expert=transformer stage=7c")
+    before = load_checkpoint(built.first.obtain(maker.needs["before"]))
+    after = load_checkpoint(built.first.obtain(maker))
+    assert before.provenance["result"]["weights"] == {"transformer": 1.0}
+    # it shares the expert that the mixture has
+    expert = expert_maker(built.first.sub("expert", "transformer"), "transformer")
+    assert maker.needs["before"].needs["transformer"].recipe.hash == expert.recipe.hash
+    for name, value in after.model.state_dict().items():
+        moved = not torch.equal(value, before.model.state_dict()[name])
+        frozen = name.startswith(("experts.", "router.")) or ".slots." in name
+        assert not (moved and frozen), name
+    assert not torch.equal(after.model.embedding.weight, before.model.embedding.weight)
+
+
 def test_a_deleted_earlier_stage_is_no_obstacle(built, tmp_path):
     maker = dict(stages_of(mla_maker(built.first, "7d")))["7b"]
     path = maker.recipe.path(built.first.artifacts)
