@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from nano_think.cache import AppendState, RingState
 from nano_think.nn.block import init_blocks
+from nano_think.nn.flops import Product, Reach
 from nano_think.nn.mixers.latent_attention import KeyValueKind, LatentAttention, Slots
 from nano_think.nn.norm import RMSNorm
 from nano_think.nn.pools import Pool, RunningMean, Sums, WholeDocument, WindowMean
@@ -151,6 +153,22 @@ class ExpertRouter(nn.Module):
         self.weight.zero_()
         if self.token_weight is not None:
             self.token_weight.zero_()
+
+    def products(self, reach: Reach) -> Iterator[Product]:
+        """See `nano_think.nn.flops`."""
+        rows = 2.0 * self.weight.numel()
+        yield Product(rows, self.weight)
+        yield Product(0.0, self.bias)
+        if self.kind == "sequence":
+            yield Product(2.0 * self.num_experts * reach.length, factor="data")
+        if self.pool_includes_memory:
+            # every group's slots but the null slot, and one row of the choice of groups a token
+            slots = reach.readers * reach.groups * reach.slots / reach.length
+            yield Product(rows * slots, self.weight, factor="data")
+            yield Product(2.0 * self.num_experts * reach.groups, factor="data")
+            yield Product(2.0 * reach.groups, recorded=False)
+        if self.token_weight is not None:
+            yield Product(rows, self.token_weight)
 
     def _weights(self, normed: Tensor, sums: Sums, memory: Slots | None) -> Tensor:
         total, count = sums

@@ -7,6 +7,7 @@ position, and one cache serves every denoising step (block size 1 of Arriola et 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from nano_think.cache import Cache
 from nano_think.nn.block import init_blocks, product_dtype
 from nano_think.nn.ffn import SwiGLU
+from nano_think.nn.flops import Product, Reach, attention_products, products_of
 from nano_think.nn.mixers.attention import CausalSelfAttention
 from nano_think.nn.norm import RMSNorm
 from nano_think.ops.layout import Layout
@@ -56,6 +58,11 @@ class TimeEmbedding(nn.Module):
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.hidden.weight.dtype)
         return self.output(F.silu(self.hidden(waves)))
 
+    def products(self, reach: Reach) -> Iterator[Product]:
+        """Of one noise level."""
+        yield from products_of(self.hidden, reach, factor="data")
+        yield from products_of(self.output, reach, factor="parameters")
+
 
 class ModulatedBlock(nn.Module):
     """Attention and SwiGLU; the noise level shifts and scales their inputs and gates their outputs.
@@ -86,6 +93,21 @@ class ModulatedBlock(nn.Module):
         x = torch.addcmul(x, gate, self.dropout(mixed))
         fed = self.ffn(_modulated(self.ffn_norm, x, ffn_shift, ffn_scale))
         return torch.addcmul(x, ffn_gate, self.dropout(fed))
+
+    def key_value_products(self, reach: Reach) -> Iterator[Product]:
+        """Of `keys_values`."""
+        yield Product(0.0, self.table)
+        for part in (self.mixer_norm, self.mixer.k_proj, self.mixer.v_proj):
+            yield from products_of(part, reach)
+
+    def products(self, reach: Reach) -> Iterator[Product]:
+        """Of `forward`, which is given keys and values."""
+        mixer = self.mixer
+        for part in (self.mixer_norm, mixer.q_proj):
+            yield from products_of(part, reach)
+        yield from attention_products(reach, mixer.num_heads, mixer.head_dim, mixer.head_dim)
+        for part in (mixer.out_proj, self.ffn_norm, self.ffn):
+            yield from products_of(part, reach)
 
 
 def _modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -163,6 +185,27 @@ class TwoStreamDenoiser(nn.Module):
         for block, keys_values in zip(self.blocks, clean, strict=True):
             x = block(x, modulation, layout, keys_values)
         return self.output(self.norm(x)).to(x_tau.dtype)
+
+    def clean_products(self, reach: Reach) -> Iterator[Product]:
+        """Of `clean_stream`."""
+        yield Product(0.0, self.clean_code)
+        yield from products_of(self.modulation, reach, reach.per_call, factor="parameters")
+        for i, block in enumerate(self.blocks):
+            yield from block.key_value_products(reach)
+            if i < len(self.blocks) - 1:
+                yield from products_of(block, reach)
+
+    def pass_products(self, reach: Reach, levels: float = 1.0, drawn: bool = True) -> Iterator[Product]:
+        """Of `forward`, one noisy pass, at so many noise levels a call.
+
+        drawn: the latents are noise, or come from a pass without gradient.
+        """
+        for part in filter(None, (self.latent_in, self.estimate_in)):
+            yield from products_of(part, reach, factor="data" if drawn else "input")
+        yield from products_of(self.time, reach, levels * reach.per_call)
+        yield from products_of(self.modulation, reach, levels * reach.per_call, factor="parameters")
+        for part in (*self.blocks, self.norm, self.output):
+            yield from products_of(part, reach)
 
     def _level(self, tau: int | Tensor, device: torch.device) -> Tensor:
         """Modulation (1 or B, 1 or L, 6, d_model) of noise levels."""

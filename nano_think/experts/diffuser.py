@@ -11,7 +11,8 @@ Three kinds of latent x0[t] (`target`), all standardised by frozen statistics:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from nano_think.cache import Cache
 from nano_think.experts.denoiser_block import KeysValues, TwoStreamDenoiser, WholeDocuments
 from nano_think.nn.block import ExpertInput
+from nano_think.nn.flops import Product, Reach, products_of
 from nano_think.nn.norm import RMSNorm
 from nano_think.ops.diffusion import (
     NoiseSchedule,
@@ -312,6 +314,35 @@ class DiffuserExpert(nn.Module):
         noise = torch.randn(shape, generator=generator, device=generator.device).to(prompt.device)
         timesteps = self._timesteps(self.ddim_steps if steps is None else steps)
         return nearest(ddim_sample(self.schedule, denoise, noise, timesteps))
+
+    def products(self, reach: Reach) -> Iterator[Product]:
+        """Of `forward`: one clean stream and `reach.passes` noisy passes. See `nano_think.nn.flops`."""
+        passes = self.fused_steps if reach.passes is None else reach.passes
+        if self.grad == "none":
+            yield Product(0.0, cut=True)
+        yield from self._clean_products(reach)
+        for step in range(1, passes + 1):
+            recorded, drawn = self.grad == "all" or step == passes, step == 1 or self.grad != "all"
+            for product in self.denoiser.pass_products(reach, drawn=drawn):
+                yield replace(product, recorded=recorded)
+        yield from self._readout_products(reach)
+
+    def denoising_products(self, reach: Reach) -> Iterator[Product]:
+        """Of a training step: `predict` at a noise level of each position's own, and `readout`."""
+        levels = min(self.schedule.train_T + 1, 1 / reach.per_call)
+        yield from self._clean_products(reach)
+        yield from self.denoiser.pass_products(reach, levels)
+        yield from self._readout_products(reach)
+
+    def _clean_products(self, reach: Reach) -> Iterator[Product]:
+        for part in (self.entry, self.denoiser.context_in):
+            yield from products_of(part, reach)
+        yield from self.denoiser.clean_products(reach)
+
+    def _readout_products(self, reach: Reach) -> Iterator[Product]:
+        if self.target != "hidden_same":
+            for part in (self.readout_proj, self.readout_norm):
+                yield from products_of(part, reach)
 
     def _layout(self, c: Tensor, layout: Layout | None) -> Layout:
         """The layout that both streams attend by."""

@@ -29,7 +29,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         fused: bool = True,
     ) -> None:
-        self._num_matrix_groups = len(matrices)
+        self.num_matrix_groups = len(matrices)
         self._parts: list[torch.optim.Optimizer] = []
         super().__init__([*matrices, *others], defaults={})
         if matrices:
@@ -42,8 +42,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def _share(self) -> None:
         """Let the parts work on this optimizer's own groups and state: schedulers and checkpoints see one."""
-        matrices = self.param_groups[: self._num_matrix_groups]
-        others = self.param_groups[self._num_matrix_groups :]
+        matrices = self.param_groups[: self.num_matrix_groups]
+        others = self.param_groups[self.num_matrix_groups :]
         for part, groups in zip(self._parts, filter(None, (matrices, others)), strict=True):
             part.param_groups, part.state = groups, self.state
 

@@ -26,6 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import nano_think.experts as expert_package
 from nano_think.artifacts.build import build, complete
@@ -34,9 +36,12 @@ from nano_think.config import register_schema
 from nano_think.evals.audit.live import filled_memory, live_copy
 from nano_think.evals.audit.plan import Plan
 from nano_think.evals.audit.run import audit
+from nano_think.evals.flops import parts_of
 from nano_think.model import ExpertLM, NanoThink
 from nano_think.nn import mixers as mixer_package
+from nano_think.nn.flops import Reach
 from nano_think.nn.mixers.latent_attention import SlotReader
+from nano_think.ops.selective_scan import BACKEND_VARIABLE
 from nano_think.phases.mla import fused_spec, model_settings
 from nano_think.phases.parameters import configured_network
 from nano_think.phases.run import Run
@@ -273,7 +278,23 @@ def passes_the_audit(part: Part, folder: Path) -> None:
     assert all(finding.verdict == "pass" for finding in found.findings), str(found)
 
 
+@torch.no_grad()
+def states_its_products(part: Part, folder: Path) -> None:
+    """All that torch's counter sees of a forward pass along the plain paths: no count of FLOPs leaves any out."""
+    network, tokens = part.live, some_tokens(part, 2, 2 * part.chunk + 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(BACKEND_VARIABLE, "ref")
+        network(tokens)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            network(tokens)
+    reach = Reach(tokens.shape[1], tokens=tokens.numel(), causal=False)
+    stated = [product for component in parts_of(network, reach) for product in component.products]
+    visible = sum(product.flops for product in stated if not product.elementwise)
+    assert visible * tokens.numel() == pytest.approx(counter.get_total_flops())
+
+
 CHECKS = [
+    states_its_products,
     keeps_shape_and_dtype,
     gradients_reach_every_parameter,
     step_equals_full,
@@ -354,6 +375,11 @@ FAULTS = {
         {any_cache_program_equals_recomputation, passes_the_audit},
     ),
     "stops_gradients": ("rows.append(h)", "rows.append(h.detach())", {gradients_reach_every_parameter}),
+    "multiplies_and_does_not_say_so": (
+        "rows.append(h)",
+        "rows.append(h + h @ self.proj.weight)",
+        {states_its_products},
+    ),
     "widens_the_dtype": ("rows.append(h)", "rows.append(h.float())", {keeps_shape_and_dtype}),
     "has_what_its_spec_does_not_say": (
         "self.decay, self.norm = d_model, decay,",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from nano_think.cache import AppendState
+from nano_think.nn.flops import Product, Reach, attention_products, products_of
 from nano_think.ops.attention import attention
 from nano_think.ops.layout import Layout
 from nano_think.ops.rope import RopeLayout, apply_rope
@@ -68,6 +71,13 @@ class CausalSelfAttention(nn.Module):
         k, v = self.keys_values(x, layout)
         k, v = state.append(key=k, value=v)
         return self.attend(self.queries(x, layout), k, v, *layout.sight)
+
+    def products(self, reach: Reach) -> Iterator[Product]:
+        """See `nano_think.nn.flops`."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            yield from products_of(projection, reach)
+        yield from attention_products(reach, self.num_heads, self.head_dim, self.head_dim)
+        yield from products_of(self.out_proj, reach)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)

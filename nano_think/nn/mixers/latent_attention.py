@@ -6,12 +6,15 @@ Letters: B batch, L queries, S keys, H heads, D head_dim, r latent_dim, U slot g
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nano_think.cache import AppendState
+from nano_think.nn.flops import Product, Reach, attention_products, products_of
 from nano_think.nn.norm import RMSNorm
 from nano_think.ops.attention import attention, offset_causal_mask
 from nano_think.ops.layout import Layout
@@ -82,13 +85,25 @@ class LatentHeads(nn.Module):
 
     def entries(self, x: Tensor, layout: Layout | None) -> Entries:
         """What is cached of x (B, S, d_model). Without a layout, x has no position: its rotary key is 0."""
-        latent, rope_key = self.latent_norm(self.latent_proj(x)), self.rope_key_proj(x)
+        latent = self.latent_norm(self.latent_proj(x))
         if layout is None:
-            return {"latent": latent, "rope_key": torch.zeros_like(rope_key)}
-        return {"latent": latent, "rope_key": self.rotation(rope_key.unsqueeze(1), layout).squeeze(1)}
+            return {"latent": latent, "rope_key": latent.new_zeros(*x.shape[:-1], self.rope_dim)}
+        rope_key = self.rope_key_proj(x).unsqueeze(1)
+        return {"latent": latent, "rope_key": self.rotation(rope_key, layout).squeeze(1)}
 
     def cache_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {"latent": (batch, self.latent_dim), "rope_key": (batch, self.rope_dim)}
+
+    def expansion(self, reach: Reach, placed: bool = True) -> Iterator[Product]:
+        """What a vector costs that becomes a key and a value of every head. placed: it has a position."""
+        position = [self.rope_key_proj] if placed else []
+        for part in (self.latent_proj, self.latent_norm, *position, self.k_up_proj, self.v_up_proj):
+            yield from products_of(part, reach)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of a head's keys and values."""
+        return self.head_dim + self.rope_dim, self.head_dim
 
     def expanded(self, q: Tensor, entries: Entries) -> QKV:
         """Keys and values of every head."""
@@ -146,6 +161,16 @@ class DirectHeads(nn.Module):
         shape = (batch, self.num_heads, self.head_dim)
         return {"key": shape, "value": shape}
 
+    def expansion(self, reach: Reach, placed: bool = True) -> Iterator[Product]:
+        """What a vector costs that becomes a key and a value of every head."""
+        yield from products_of(self.k_proj, reach)
+        yield from products_of(self.v_proj, reach)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of a head's keys and values."""
+        return self.head_dim, self.head_dim
+
     def expanded(self, q: Tensor, entries: Entries) -> QKV:
         """The entries as they are."""
         return QKV(q, entries["key"], entries["value"])
@@ -189,6 +214,12 @@ class SlotReader(nn.Module):
         values = memory.values.masked_fill(~memory.valid.unsqueeze(-1), 0.0).flatten(1, 2)
         null = self.null.expand(values.shape[0], 1, -1)
         return self.norm(torch.cat((values.to(null.dtype), null), dim=1))
+
+    def products(self, reach: Reach) -> Iterator[Product]:
+        """None: its parameters scale, stand in for a slot and shift scores."""
+        yield from products_of(self.norm, reach)
+        yield Product(0.0, self.null)
+        yield Product(0.0, self.bias)
 
 
 def visible_slots(memory: Slots | None) -> Tensor | None:
@@ -275,6 +306,20 @@ class LatentAttention(nn.Module):
         slots = self.heads.expanded(q, self.heads.entries(self._reader()(memory), None))
         weights = self._weights(tokens, slots, layout.mask, visible)[..., -visible.shape[-1] :]
         return weights[..., :-1].sum(dim=-1), weights[..., -1]
+
+    def products(self, reach: Reach) -> Iterator[Product]:
+        """See `nano_think.nn.flops`; of whole sequences, which expand every latent."""
+        (width, value_width), num_heads = self.heads.widths, self.heads.num_heads
+        yield from products_of(self.heads.q_proj, reach)
+        yield from self.heads.expansion(reach)
+        yield from attention_products(reach, num_heads, width, value_width)
+        if self.slots is not None:
+            yield from products_of(self.slots, reach)
+            for product in self.heads.expansion(reach, placed=False):
+                yield replace(product, flops=reach.slot_vectors * product.flops)
+            yield Product(2.0 * num_heads * width * reach.slot_keys)
+            yield Product(2.0 * num_heads * value_width * reach.slot_keys)
+        yield from products_of(self.out_proj, reach)
 
     def _attend(
         self,

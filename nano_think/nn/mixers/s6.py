@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nano_think.cache import RingState
+from nano_think.nn.flops import Product, Reach, products_of
 from nano_think.ops.conv import causal_conv, extend_window
 from nano_think.ops.layout import Layout
 from nano_think.ops.selective_scan import Backend, selective_scan
@@ -117,6 +119,20 @@ class S6(nn.Module):
             state.advance(piece.stop - piece.start, window=window, scan=scan)
             outputs.append(y)
         return self.out_proj(torch.cat(outputs, dim=1))
+
+    def products(self, reach: Reach) -> Iterator[Product]:
+        """See `nano_think.nn.flops`. The scan is that of `reference_scan`, 6 d_inner d_state + 3 d_inner."""
+        yield from products_of(self.in_proj, reach)
+        yield Product(2.0 * self.d_conv * self.d_inner, self.conv_weight, elementwise=True)
+        yield Product(0.0, self.conv_bias)
+        yield from products_of(self.x_proj, reach)
+        yield Product(2.0 * self.dt_rank * self.d_inner, self.dt_weight)
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            yield Product(0.0, parameter)
+        update = 4.0 * self.d_inner * self.d_state  # dt A, decay h, dt x B and the sum of both
+        yield Product(update + 3.0 * self.d_inner, again=update, elementwise=True)
+        yield Product(2.0 * self.d_inner * self.d_state)
+        yield from products_of(self.out_proj, reach)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.gate:

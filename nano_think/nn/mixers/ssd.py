@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nano_think.cache import RingState
+from nano_think.nn.flops import Product, Reach, products_of
 from nano_think.nn.mixers.s6 import init_conv, initial_step_bias
 from nano_think.nn.norm import RMSNorm
 from nano_think.ops.conv import causal_conv, extend_window
 from nano_think.ops.layout import Layout
-from nano_think.ops.ssd import ssd_scan
+from nano_think.ops.ssd import CHUNK, ssd_scan
 
 
 class SSD(nn.Module):
@@ -89,6 +93,25 @@ class SSD(nn.Module):
             state.advance(piece.stop - piece.start, window=window, scan=scan)
             outputs.append(y)
         return self._project(torch.cat(outputs, dim=1), z)
+
+    def products(self, reach: Reach) -> Iterator[Product]:
+        """See `nano_think.nn.flops`. Of the scan what `ssd_scan` multiplies, the whole square of a chunk."""
+        yield from products_of(self.in_proj, reach)
+        yield Product(2.0 * self.d_conv * self.d_mixed, self.conv_weight, elementwise=True)
+        for parameter in (self.conv_bias, self.dt_bias, self.A_log, self.D):
+            yield Product(0.0, parameter)
+        chunk = min(CHUNK, reach.length)
+        padded = math.ceil(reach.length / chunk) * chunk / reach.length
+        # scores inside the chunk, which the heads share, and what they mix
+        yield Product(padded * 2.0 * chunk * self.d_state)
+        yield Product(padded * 2.0 * chunk * self.d_inner)
+        # what chunks take from the state before and add to it: in a single chunk there is nothing to learn of it
+        single, states = reach.length <= CHUNK, padded * 2.0 * self.d_inner * self.d_state
+        yield Product(states, factor="data" if single else "input")
+        yield Product(states, recorded=not single)
+        yield Product(states / chunk + 3.0 * self.d_inner, elementwise=True)
+        yield from products_of(self.norm, reach)
+        yield from products_of(self.out_proj, reach)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate (B, L, d_inner), inputs of the convolution (B, L, d_mixed), step sizes (B, L, num_heads)."""
