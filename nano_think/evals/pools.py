@@ -27,6 +27,7 @@ class SharedForward:
         self._batch: Batch | None = None
         self._output: LMOutput | None = None
         self._memory: Any = None
+        self._expert_nll: Tensor | None = None
 
     @torch.no_grad()
     def output(self, batch: Batch) -> LMOutput:
@@ -35,7 +36,7 @@ class SharedForward:
             layout = Layout(batch["positions"], batch["segments"])
             self._memory = self.slots(batch) if self.slots else None
             self._output = self.model(batch["tokens"], layout, self._memory, with_logits=False)
-            self._batch = batch
+            self._batch, self._expert_nll = batch, None
         return self._output
 
     def memory(self, batch: Batch) -> Any:
@@ -46,6 +47,14 @@ class SharedForward:
     def weights(self, batch: Batch) -> Tensor:
         """The router's weights (B, L, N)."""
         return self.output(batch).weights
+
+    @torch.no_grad()
+    def expert_nll(self, batch: Batch) -> Tensor:
+        """Nats a token by every expert alone (B, L, N), 0 where the label is masked; computed once a batch."""
+        output = self.output(batch)
+        if self._expert_nll is None:
+            self._expert_nll = self.model.expert_nll(output.expert_hidden, batch["labels"])
+        return self._expert_nll
 
     def fused(self) -> NllFunction:
         """The model as it is."""
@@ -75,5 +84,7 @@ class SharedForward:
     @torch.no_grad()
     def _nll(self, batch: Batch, weights: Tensor) -> Tensor:
         output = self.output(batch)
-        hidden = None if self.model.fusion == "prob" else self.model.mix(output.expert_hidden, weights)
+        if self.model.fusion == "prob":
+            return self.model.pooled_nll(weights, self.expert_nll(batch), batch["labels"])
+        hidden = self.model.mix(output.expert_hidden, weights)
         return self.model.nll(replace(output, weights=weights, hidden=hidden), batch["labels"])
