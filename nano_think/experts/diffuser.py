@@ -240,15 +240,17 @@ class DiffuserExpert(nn.Module):
         layout: Layout | None = None,
         steps: int | None = None,
         generator: torch.Generator | None = None,
+        kv: list[KeysValues] | None = None,
     ) -> Tensor:
         """(B, L, d_model) token vectors to output vectors of the same shape, by `steps` noisy passes.
 
-        steps: `fused_steps` where not given. generator: for x_T=rng. Positions must lie below L.
+        steps: `fused_steps` where not given. generator: for x_T=rng. kv: the `clean_stream` of x where it is
+        known already. Positions must lie below L.
         """
         self._require_statistics()
         layout = self._layout(x, layout)
         context = self._context(x.detach() if self.grad == "none" else x)
-        clean = self.denoiser.clean_stream(context, layout)
+        clean = self.denoiser.clean_stream(context, layout) if kv is None else kv
         start = self._start(context, layout.positions, x.shape[1], generator)
         return self.readout(self._sample(start, context, clean, layout, steps)).to(x.dtype)
 

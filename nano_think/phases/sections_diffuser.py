@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nano_think.evals.denoiser import NUM_BUCKETS, denoising_errors
 from nano_think.evals.losses import evaluate_models
 from nano_think.evals.plots import denoising_steps, error_by_noise
-from nano_think.metrics.denoising import DenoisingError
 from nano_think.ops.cross_entropy import linear_cross_entropy
 from nano_think.ops.layout import Layout
-from nano_think.tasks.denoise import NUM_BUCKETS, denoising_targets
+from nano_think.tasks.denoise import denoising_targets
 
 if TYPE_CHECKING:
     from nano_think.phases.evaluate import Evaluation
@@ -45,7 +46,7 @@ def diffuser(evaluation: Evaluation) -> None:
         len(evaluation.domains),
     )
     curve = {int(k): value.loss() for k, value in losses.items()}
-    error, pure = denoising_errors(network, teacher.model, batches)
+    error, pure = denoising_errors(network, partial(denoising_targets, network, teacher.model), batches)
     values = {name: float(value) for name, value in error.compute().items()}
     buckets = [values.get(f"mse_relative_bucket/{k}", float("nan")) for k in range(NUM_BUCKETS)]
     at_noise = float(pure.compute()["mse_relative"])
@@ -62,22 +63,3 @@ def diffuser(evaluation: Evaluation) -> None:
         error_by_noise(figures / "noise.png", {"diffuser": buckets}, error.bucket_levels()), "x0 error"
     )
     report.figure(denoising_steps(figures / "steps.png", {"diffuser": curve}), "Loss by DDIM steps")
-
-
-def denoising_errors(network: Any, teacher: Any, batches: Any) -> tuple[DenoisingError, DenoisingError]:
-    """x0 errors by noise bucket, and at pure noise alone, with noise fixed by the batch number."""
-    expert = network.expert
-    train_T, d_model = expert.schedule.train_T, expert.d_model
-    error, pure = DenoisingError(NUM_BUCKETS, train_T, d_model), DenoisingError(1, train_T, d_model)
-    for number, batch in enumerate(batches):
-        generator = torch.Generator().manual_seed(number)
-        target, valid = denoising_targets(network, teacher, batch)
-        x0 = expert.standardise(target)
-        noise = torch.randn(x0.shape, generator=generator)
-        some = torch.randint(1, train_T + 1, tuple(valid.shape), generator=generator)
-        for metric, tau in ((error, some), (pure, torch.full_like(some, train_T))):
-            x_tau = expert.schedule.add_noise(x0, noise, tau)
-            layout = Layout(batch["positions"], batch["segments"])
-            restored = expert.denoise(x_tau, tau, network.embedding(batch["tokens"]), layout)
-            metric.update(restored, x0, tau, valid)
-    return error, pure

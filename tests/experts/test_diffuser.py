@@ -199,6 +199,7 @@ class TestDenoiser:
     def test_a_known_clean_stream_changes_nothing(self, live: Callable) -> None:
         expert, c, x = live(), normal(2, 6, D), normal(2, 6, D, seed=1)
         assert torch.equal(expert.denoise(x, 30, c, kv=expert.clean_stream(c)), expert.denoise(x, 30, c))
+        assert torch.equal(expert(c, steps=3, kv=expert.clean_stream(c)), expert(c, steps=3))
 
     def test_self_conditioning_is_read(self, live: Callable) -> None:
         expert, c, x = live(self_cond=True), normal(2, 6, D), normal(2, 6, D, seed=1)
