@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from nano_think.evals.bootstrap import Interval, resample
+from nano_think.evals.bootstrap import Interval, percentiles, ratio, resample
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -37,24 +37,30 @@ def sums_of(values: Floats, group: Ints, count: int) -> Floats:
 
 
 def interval(
-    columns: Floats, statistic: Callable[[Floats], Floats], *, n_resamples: int = 1000, seed: int = 0
+    columns: Floats,
+    statistic: Callable[[Floats], Floats],
+    units: Floats,
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
 ) -> Plain:
     """95% interval of a statistic of column sums over documents.
 
     Args:
-        columns: (M, C) additive quantities of every document; documents of zeros alone are left out.
+        columns: (M, C) additive quantities of every document.
         statistic: (R, C) sums to (R,) values.
+        units: (M,) tokens of every document; those without are left out.
     """
-    columns = columns[(columns != 0).any(axis=1)]
+    columns, units = columns[units > 0], units[units > 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         estimate = float(statistic(columns.sum(0, keepdims=True))[0])
         if len(columns) < 2:
             return plain(Interval(estimate, math.nan, math.nan, len(columns)))
         values = resample(columns, statistic, n_resamples=n_resamples, seed=seed)
-    # a resample without any token of the kind says nothing
+    # a resample in which the statistic is not defined says nothing
     values = values[np.isfinite(values)]
-    low, high = np.quantile(values, [0.025, 0.975]) if len(values) else (math.nan, math.nan)
-    return plain(Interval(estimate, float(low), float(high), len(columns)))
+    low, high = percentiles(values, 0.95, units) if len(values) else (math.nan, math.nan)
+    return plain(Interval(estimate, low, high, len(columns)))
 
 
 def mean_interval(
@@ -65,12 +71,8 @@ def mean_interval(
     if not kept.any():
         return plain(Interval(math.nan, math.nan, math.nan, 0))
     columns = np.column_stack([values[kept], np.ones(kept.sum())])
-    return interval(sums_of(columns, document[kept], int(document.max()) + 1), ratio, **bootstrap)
-
-
-def ratio(sums: Floats) -> Floats:
-    """First column over second, (R, 2) to (R,)."""
-    return np.asarray(sums[:, 0] / sums[:, 1], dtype=np.float64)
+    sums = sums_of(columns, document[kept], int(document.max()) + 1)
+    return interval(sums, ratio, sums[:, 1], **bootstrap)
 
 
 def correlation_interval(
@@ -98,4 +100,5 @@ def correlation_interval(
         scale = sxx.sum(1) * syy.sum(1)
         return np.where(power > 1e-14 * scale, covariance / np.sqrt(np.maximum(power, 1e-300)), np.nan)
 
-    return interval(cells.reshape(documents, groups * 6), statistic, **bootstrap)
+    cells = cells.reshape(documents, groups * 6)
+    return interval(cells, statistic, cells[:, ::6].sum(1), **bootstrap)

@@ -241,9 +241,9 @@ def _explained(
     predicted: Floats, target: NDArray, mean: Floats, document: Ints, bootstrap: dict[str, int]
 ) -> dict[str, float | int | None]:
     """1 - squared error / squared distance from `mean`, with its interval over documents."""
-    errors = np.column_stack([np.square(target - predicted).sum(1), np.square(target - mean).sum(1)])
-    sums = sums_of(errors, document, int(document.max()) + 1)
-    return interval(sums, lambda s: 1 - s[:, 0] / s[:, 1], **bootstrap)
+    errors = [np.square(target - predicted).sum(1), np.square(target - mean).sum(1), np.ones(len(target))]
+    sums = sums_of(np.column_stack(errors), document, int(document.max()) + 1)
+    return interval(sums[:, :2], lambda s: 1 - s[:, 0] / s[:, 1], sums[:, 2], **bootstrap)
 
 
 def _half_of_documents(states: States, rng: np.random.Generator) -> NDArray[np.bool_]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nano_think.evals.correlation import Moments
 from nano_think.evals.ratios import Floats, Ints, correlation_interval, mean_interval, number, plain
 from nano_think.evals.routing import knockout_matrix
 from nano_think.evals.tokens import CLASSES, TokenTable
@@ -99,9 +100,10 @@ def weight_correlations(table: TokenTable, **bootstrap: int) -> dict[str, Any]:
 
 def error_correlation(table: TokenTable) -> dict[str, dict[str, float | None]]:
     """Pearson correlation of the experts' losses over tokens: 1 where they fail at the same ones alike."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        matrix = np.atleast_2d(np.corrcoef(table.nll.T))
-    return {name: _named(table.experts, row) for name, row in zip(table.experts, matrix, strict=True)}
+    moments = Moments(len(table.experts))
+    moments.add(table.nll)
+    found = moments.correlation(table.experts, len(table))
+    return {name: _named(table.experts, row) for name, row in zip(found.names, found.matrix, strict=True)}
 
 
 def weights_by_position(table: TokenTable) -> list[dict[str, Any]]:

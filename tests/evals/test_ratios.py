@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from nano_think.evals.ratios import correlation_interval, interval, mean_interval, number, ratio, sums_of
+from nano_think.evals.bootstrap import ratio
+from nano_think.evals.ratios import correlation_interval, interval, mean_interval, number, sums_of
 
 
 def test_sums_by_group_and_their_ratio_by_hand():
@@ -28,7 +29,7 @@ def test_documents_without_a_token_of_the_kind_do_not_count():
 def test_what_is_not_defined_is_none():
     assert number(float("nan")) is None
     assert number(float("inf")) is None
-    empty = interval(np.array([[1.0, 0.0], [2.0, 0.0]]), ratio)
+    empty = interval(np.array([[1.0, 0.0], [2.0, 0.0]]), ratio, np.ones(2))
     assert empty["estimate"] is None
     assert empty["low"] is None
 
