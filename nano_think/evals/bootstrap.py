@@ -191,9 +191,7 @@ def paired_difference(
     """
     if metric not in ("loss", "bpb"):
         raise ValueError(f"Compare loss or bpb, not {metric}.")
-    if not (
-        np.array_equal(model.uid, baseline.uid) and np.array_equal(model.num_tokens, baseline.num_tokens)
-    ):
+    if not model.pairs_with(baseline):
         raise ValueError("A paired comparison needs both models scored on the same documents and tokens.")
     chosen = slice(None) if domain is None else model.domain == domain
     difference = (model.sum_nll - baseline.sum_nll)[chosen]

@@ -95,7 +95,7 @@ def document_correlation(losses: Mapping[str, DocumentLosses]) -> ErrorCorrelati
     """
     first = next(iter(losses.values()))
     for name, other in losses.items():
-        if not np.array_equal(first.uid, other.uid) or not np.array_equal(first.num_tokens, other.num_tokens):
+        if not first.pairs_with(other):
             raise ValueError(f"{name} was not scored on the same documents and tokens as the others.")
     moments = Moments(len(losses))
     tokens = first.num_tokens.astype(np.float64)

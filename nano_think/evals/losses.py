@@ -66,6 +66,10 @@ class DocumentLosses:
         """`loss`, `perplexity` or `bpb` of each domain, in the order of the domain index."""
         return [getattr(self, metric)(domain) for domain in range(self.num_domains)]
 
+    def pairs_with(self, other: DocumentLosses) -> bool:
+        """Whether both were scored on the same tokens of the same documents."""
+        return np.array_equal(self.uid, other.uid) and np.array_equal(self.num_tokens, other.num_tokens)
+
     def macro(self, metric: str = "loss") -> float:
         """`loss` or `bpb` with every domain alike, where plain `loss()` weighs every token alike.
 

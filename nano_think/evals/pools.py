@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nano_think.evals.losses import NllFunction
 from nano_think.model import LMOutput, NanoThink
+from nano_think.ops.cross_entropy import IGNORED
 from nano_think.ops.layout import Layout
 
 Batch = dict[str, Tensor]
@@ -66,10 +67,29 @@ class SharedForward:
             batch, weights.to(self.output(batch).weights).expand_as(self.weights(batch))
         )
 
+    def pooled_by_domain(self, weights: Tensor) -> NllFunction:
+        """The same experts under the constant weights (D, N) of each row's domain."""
+        return lambda batch: self._nll(
+            batch,
+            weights.to(self.weights(batch))[batch["domain"]].unsqueeze(1).expand_as(self.weights(batch)),
+        )
+
+    @torch.no_grad()
+    def expert_nll(self, batch: Batch) -> Tensor:
+        """Losses (B, L, N) of every expert alone, computed once while the batch is the current one."""
+        output = self.output(batch)
+        if self._expert_nll is None:
+            self._expert_nll = self.model.expert_nll(output.expert_hidden, batch["labels"])
+        return self._expert_nll
+
     def expert(self, name: str) -> NllFunction:
         """One expert alone."""
-        names = self.model.expert_names
-        return self.pooled(torch.tensor([float(other == name) for other in names]))
+        index = self.model.expert_names.index(name)
+        return lambda batch: self.expert_nll(batch)[..., index]
+
+    def best_expert(self) -> NllFunction:
+        """Whichever expert is best at each token: a bound that needs the label and that nothing reaches."""
+        return lambda batch: self.expert_nll(batch).amin(-1)
 
     def without(self, names: Collection[str]) -> NllFunction:
         """The router's weights with some experts left out and the others scaled up to sum to 1."""
@@ -88,3 +108,49 @@ class SharedForward:
             return self.model.pooled_nll(weights, self.expert_nll(batch), batch["labels"])
         hidden = self.model.mix(output.expert_hidden, weights)
         return self.model.nll(replace(output, weights=weights, hidden=hidden), batch["labels"])
+
+
+@dataclass(frozen=True)
+class ExpertOutputs:
+    """What each expert hands to the head for a sample of T scored tokens, to fit pools on.
+
+    hidden: (T, d) by expert, scaled by its gain. heads: the tables (V, d) that read them, one for all or one an
+    expert. labels, domain, doc_uid: (T,).
+    """
+
+    hidden: dict[str, Tensor]
+    heads: Tensor | list[Tensor]
+    labels: Tensor
+    domain: Tensor
+    doc_uid: Tensor
+
+    def only(self, chosen: Tensor) -> ExpertOutputs:
+        """The tokens that `chosen` (T,) picks, by index or bool."""
+        hidden = {name: values[chosen] for name, values in self.hidden.items()}
+        return ExpertOutputs(
+            hidden, self.heads, self.labels[chosen], self.domain[chosen], self.doc_uid[chosen]
+        )
+
+
+@torch.no_grad()
+def expert_outputs(
+    model: NanoThink, batches: Iterable[Batch], num_tokens: int | None = None
+) -> ExpertOutputs:
+    """The experts' outputs for the scored tokens of the batches, or the first `num_tokens` of them."""
+    hidden: dict[str, list[Tensor]] = {name: [] for name in model.experts}
+    ids: dict[str, list[Tensor]] = {"labels": [], "domain": [], "doc_uid": []}
+    for batch in batches:
+        valid = batch["labels"] != IGNORED
+        _, outputs = model.expert_outputs(batch["tokens"], Layout(batch["positions"], batch["segments"]))
+        for name, gain in zip(model.experts, model.expert_gain, strict=True):
+            hidden[name].append(gain * outputs[name][valid])
+        ids["labels"].append(batch["labels"][valid])
+        ids["doc_uid"].append(batch["doc_uid"][valid])
+        ids["domain"].append(batch["domain"].unsqueeze(1).expand_as(valid)[valid])
+    table = model.embedding.weight
+    heads = [model.tables[name].weight if name in model.tables else table for name in hidden]
+    return ExpertOutputs(
+        {name: torch.cat(parts)[:num_tokens] for name, parts in hidden.items()},
+        heads if len(model.tables) else table,
+        **{name: torch.cat(parts)[:num_tokens] for name, parts in ids.items()},
+    )

@@ -196,12 +196,10 @@ def _check(losses: Sequence[DocumentLosses], metric: str, domain: int | None, av
         raise ValueError(f"The average is micro or macro, not {average}.")
     if average == "macro" and domain is not None:
         raise ValueError("A macro average is over domains: give no domain with it.")
-    first = losses[0]
-    for other in losses[1:]:
-        if not (np.array_equal(first.uid, other.uid) and np.array_equal(first.num_tokens, other.num_tokens)):
-            raise ValueError(
-                "Seeds are compared on the same documents and tokens: score all of them on one split."
-            )
+    if not all(losses[0].pairs_with(other) for other in losses):
+        raise ValueError(
+            "Seeds are compared on the same documents and tokens: score all of them on one split."
+        )
 
 
 def _strata(losses: DocumentLosses, domain: int | None, average: Average) -> list[NDArray[np.bool_]]:

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nano_think.artifacts.build import build as build_network
 from nano_think.artifacts.build import check as check_network
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, save_fused
 from nano_think.artifacts.memory import Memory, build_memory, load_memory, save_memory
 from nano_think.errors import UserError
+from nano_think.evals.pools import ExpertOutputs, expert_outputs
 from nano_think.evals.report import Table, render_table
 from nano_think.files import write_json
 from nano_think.model import NanoThink
 from nano_think.nn.leaks import leaks, refusal
-from nano_think.ops.layout import Layout
 from nano_think.ops.pooling import fit_static_weights, usefulness
 from nano_think.phases.data import shards_maker
 from nano_think.phases.expert import expert_maker
@@ -157,9 +157,8 @@ def _static(run: Run, maker: Maker, fit: Fit, path: Path) -> dict[str, Any]:
     fit.seed_everything()
     model, spec = _assemble(maker, experts)
     model.eval()
-    hidden, labels = _outputs(model, fit.data(), maker.spec["static_tokens"])
-    heads = [model.tables[name].weight if name in model.tables else model.embedding.weight for name in hidden]
-    heads = heads if len(model.tables) else heads[0]
+    sample = _sample(model, fit.data(), maker.spec["static_tokens"])
+    hidden, heads, labels = sample.hidden, sample.heads, sample.labels
     space = "prob" if model.fusion == "prob" else "hidden"
     fitted = fit_static_weights(hidden, heads, labels, space=space)
     useful = usefulness(hidden, heads, labels)
@@ -179,21 +178,10 @@ def _static(run: Run, maker: Maker, fit: Fit, path: Path) -> dict[str, Any]:
     return result
 
 
-@torch.no_grad()
-def _outputs(model: NanoThink, data: TokenDataModule, num_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Expert outputs (T, d) by name and labels (T,) of a sample spread evenly over the fusion split."""
+def _sample(model: NanoThink, data: TokenDataModule, num_tokens: int) -> ExpertOutputs:
+    """The experts' outputs for tokens spread evenly over the fusion split."""
     rows = -(-num_tokens // (data.seq_len * len(data.domains)))
-    hidden: dict[str, list[Tensor]] = {name: [] for name in model.experts}
-    labels: list[Tensor] = []
-    for batch in data.dataloader(SPLIT, rows=rows):
-        valid = batch["labels"] != -100
-        _, outputs = model.expert_outputs(batch["tokens"], Layout(batch["positions"], batch["segments"]))
-        for name, gain in zip(model.experts, model.expert_gain, strict=True):
-            hidden[name].append(gain * outputs[name][valid])
-        labels.append(batch["labels"][valid])
-    return {name: torch.cat(parts)[:num_tokens] for name, parts in hidden.items()}, torch.cat(labels)[
-        :num_tokens
-    ]
+    return expert_outputs(model, data.dataloader(SPLIT, rows=rows), num_tokens)
 
 
 def _train(run: Run, maker: Maker, stage: str, fit: Fit, path: Path) -> dict[str, Any]:

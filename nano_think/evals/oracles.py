@@ -1,0 +1,104 @@
+"""Bounds on what routing could gain: the best expert a token, a document or a domain, and weights a domain.
+
+The best expert of a token or document is picked by the very loss it is judged by; no router reaches it. A domain's
+expert and weights are chosen on other text than they are applied to, as a router that knew every domain would.
+
+Letters: M documents, N experts, D domains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nano_think.evals.bootstrap import Difference, paired_difference
+from nano_think.evals.losses import DocumentLosses
+from nano_think.evals.pools import ExpertOutputs
+from nano_think.ops.pooling import Space, fit_static_weights
+
+
+def best_per_document(losses: Mapping[str, DocumentLosses]) -> DocumentLosses:
+    """Each document with the expert that is best on it.
+
+    Args:
+        losses: of each expert, on the same documents.
+
+    Raises:
+        ValueError: they are not the same documents and tokens.
+    """
+    return dataclasses.replace(_first(losses), sum_nll=_table(losses).min(0))
+
+
+def choose_per_domain(losses: Mapping[str, DocumentLosses]) -> list[str]:
+    """The best expert of each of the D domains; of a domain without documents the best one over all.
+
+    Raises:
+        ValueError: the experts were not scored on the same documents and tokens.
+    """
+    names, table, first = list(losses), _table(losses), _first(losses)
+    overall = names[int(table.sum(1).argmin())]
+    return [
+        names[int(table[:, first.domain == domain].sum(1).argmin())] if first.documents(domain) else overall
+        for domain in range(first.num_domains)
+    ]
+
+
+def expert_per_domain(losses: Mapping[str, DocumentLosses], choice: Sequence[str]) -> DocumentLosses:
+    """Each document with the expert chosen for its domain.
+
+    With the choice made on validation and the losses of the test split this is what a perfect domain router that
+    trusts one expert would have; with `choose_per_domain(losses)` of the same losses it is an in-sample bound.
+
+    Args:
+        losses: of each expert, on the same documents.
+        choice: an expert's name for each of the D domains.
+
+    Raises:
+        ValueError: they are not the same documents and tokens.
+    """
+    names, first = list(losses), _first(losses)
+    index = np.array([names.index(name) for name in choice])[first.domain]
+    return dataclasses.replace(first, sum_nll=_table(losses)[index, np.arange(len(first))])
+
+
+def regrets(
+    model: DocumentLosses,
+    oracles: Mapping[str, DocumentLosses],
+    *,
+    domain: int | None = None,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """What the model loses against each oracle, in nats a token with an interval over documents."""
+    return {
+        name: paired_difference(model, oracle, domain=domain, n_resamples=n_resamples, seed=seed)
+        for name, oracle in oracles.items()
+    }
+
+
+def static_per_domain(outputs: ExpertOutputs, num_domains: int, space: Space = "hidden") -> Tensor:
+    """Constant weights (D, N) fitted on each domain alone, what a perfect domain router could learn.
+
+    Apply them to other text with `SharedForward.pooled_by_domain`. A domain without a token gets the weights of
+    the whole sample.
+    """
+    parts = [outputs.only(outputs.domain == domain) for domain in range(num_domains)]
+    parts = [part if len(part.labels) else outputs for part in parts]
+    return torch.stack([fit_static_weights(p.hidden, p.heads, p.labels, space).weights for p in parts])
+
+
+def _first(losses: Mapping[str, DocumentLosses]) -> DocumentLosses:
+    return next(iter(losses.values()))
+
+
+def _table(losses: Mapping[str, DocumentLosses]) -> np.ndarray:
+    """(N, M) summed losses of the same documents."""
+    first = _first(losses)
+    for name, other in losses.items():
+        if not first.pairs_with(other):
+            raise ValueError(f"{name} was not scored on the same documents and tokens as the others.")
+    return np.stack([value.sum_nll for value in losses.values()])
