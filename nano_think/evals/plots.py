@@ -7,6 +7,7 @@ system is needed. Every function writes one file and returns its path.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Okabe & Ito (2008), without yellow, which is too light for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STROKES = ("-", "--", ":")
 _DPI = 90
 
 
@@ -53,9 +55,12 @@ def _lines(axes: Axes, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], marker
     """One line per curve; colour and marker both differ, so that the lines also differ in grey."""
     for index, (name, (x, y)) in enumerate(curves.items()):
         symbol = MARKERS[index % len(MARKERS)] if marker else None
-        axes.plot(x, y, label=name, color=COLOURS[index % len(COLOURS)], marker=symbol, **style)
+        stroke = STROKES[index // len(COLOURS) % len(STROKES)]
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(x, y, label=name, color=colour, marker=symbol, linestyle=stroke, **style)
     if curves:
-        axes.legend(frameon=False)
+        many = len(curves) > len(COLOURS)
+        axes.legend(frameon=False, fontsize="x-small" if many else None, ncols=2 if many else 1)
 
 
 def loss_curves(
@@ -94,11 +99,16 @@ def domain_bars(
         above = np.array([max(0.0, i.high - i.estimate) for _, i in present])
         colour = COLOURS[index % len(COLOURS)]
         bars = np.nan_to_num([below, above])
-        axes.bar(x, estimate, width, yerr=bars, label=model, color=colour, capsize=2, ecolor="#444444")
+        hatch = ("", "//", "..")[index // len(COLOURS) % 3]  # an eighth model repeats the first one's colour
+        style: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        axes.bar(x, estimate, width, yerr=bars, label=model, capsize=2, ecolor="#444444", **style)
     axes.set_xticks(range(len(domains)), domains)
     axes.set(xlabel="domain", ylabel=y_label, title=title)
     if values:
-        figure.legend(loc="outside upper right", frameon=False, ncols=min(6, len(values)), fontsize="small")
+        columns = max(1, int(figure.get_figwidth() // (0.09 * max(map(len, values)) + 0.6)))
+        figure.legend(
+            loc="outside upper right", frameon=False, ncols=min(columns, len(values)), fontsize="small"
+        )
     return _save(figure, path)
 
 
@@ -175,4 +185,98 @@ def error_by_noise(
     unit = "share of predict-the-mean" if relative else "per feature"
     axes.set(xlabel="noise level τ (steps of the schedule)", ylabel=f"squared error ({unit})", title=title)
     axes.set_ylim(bottom=0)
+    return _save(figure, path)
+
+
+def line_chart(
+    path: str | Path,
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    x_scale: str = "linear",
+    ticks: Sequence[str] = (),
+) -> Path:
+    """Curves name -> (x, y); `ticks` name the places 0, 1, 2... of the x axis."""
+    figure, axes = _axes()
+    few = all(np.size(x) <= 30 for x, _ in curves.values())
+    _lines(axes, curves, marker=few, markersize=3.5, linewidth=1.3)
+    axes.set_xscale(x_scale)
+    if ticks:
+        axes.set_xticks(range(len(ticks)), ticks, rotation=30 if len(ticks) > 6 else 0)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    return _save(figure, path)
+
+
+def intervals(
+    path: str | Path, rows: Mapping[str, Interval], *, x_label: str, y_label: str = "", title: str = ""
+) -> Path:
+    """A row each with its estimate and interval beside the line at 0: blue below it, red above, else grey."""
+    figure, axes = _axes(height=0.32 * len(rows) + 1.3)
+    axes.grid(False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.axvline(0, color="#444444", linewidth=1)
+    for place, interval in enumerate(rows.values()):
+        side = 0 if interval.high < 0 else 1 if interval.low > 0 else None
+        colour = "#666666" if side is None else COLOURS[side]
+        if not np.isnan(interval.low):
+            axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
+        axes.plot(interval.estimate, place, marker="o" if side is None else "s", color=colour, markersize=5)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    return _save(figure, path)
+
+
+def heatmap(
+    path: str | Path,
+    table: ArrayLike,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+    title: str = "",
+    around_zero: bool = False,
+    digits: int = 2,
+) -> Path:
+    """A table (R, C) with its values written in; `around_zero` gives colours whose middle is 0."""
+    table = np.asarray(table, dtype=float)
+    figure, axes = _axes(width=1.15 * len(columns) + 3.2, height=0.45 * len(rows) + 1.6)
+    finite = table[np.isfinite(table)]
+    most = float(np.abs(finite).max()) if finite.size else 1.0
+    low, high = -most, most
+    if finite.size and not around_zero:
+        low, high = float(finite.min()), float(finite.max())
+    image = axes.imshow(
+        table, cmap="RdBu_r" if around_zero else "cividis", vmin=low, vmax=high, aspect="auto"
+    )
+    axes.grid(False)
+    axes.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 5 else 0)
+    axes.set_yticks(range(len(rows)), rows)
+    for row, column in np.ndindex(*table.shape):
+        value = float(table[row, column])
+        share = 0.5 if high == low else (value - low) / (high - low)
+        dark = abs(share - 0.5) > 0.33 if around_zero else share < 0.55
+        text = f"{value:.{digits}f}" if np.isfinite(value) else "–"
+        axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
+    axes.set(title=title)
+    figure.colorbar(image, ax=axes, label=label)
+    return _save(figure, path)
+
+
+def interval_bars(
+    path: str | Path, values: Mapping[str, Interval], *, y_label: str, x_label: str = "", title: str = ""
+) -> Path:
+    """One bar a name with its interval."""
+    figure, axes = _axes(width=max(4.5, 0.95 * len(values) + 1.6))
+    axes.axhline(0, color="#444444", linewidth=0.8)
+    for place, interval in enumerate(values.values()):
+        bars = [
+            [max(0.0, np.nan_to_num(interval.estimate - interval.low))],
+            [max(0.0, np.nan_to_num(interval.high - interval.estimate))],
+        ]
+        axes.bar(place, interval.estimate, 0.6, yerr=bars, color=COLOURS[place % len(COLOURS)], capsize=3)
+    axes.set_xticks(range(len(values)), [textwrap.fill(name, 14) for name in values])
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
     return _save(figure, path)

@@ -286,7 +286,8 @@ class StudyRecord:
             if seed not in self.seeds:
                 known = ", ".join(map(str, self.seeds)) or "none"
                 raise UserError(
-                    f"{name}: study.json knows no seed {seed} (it has {known}); remove the file or run that seed."
+                    f"{name}: study.json knows no seed {seed} (it has {known}); remove the file or "
+                    "run that seed."
                 )
             _refuse_unknown(part.models, self.facts["models"], f"{name} holds", "study.json")
             if part.domain.min() < 0 or part.domain.max() >= len(self.domains):

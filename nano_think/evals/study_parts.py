@@ -1,0 +1,215 @@
+"""Evidence about the diffuser and about the memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from nano_think.evals import plots
+from nano_think.evals.bootstrap import Interval
+from nano_think.evals.report import Report
+from nano_think.evals.study_values import Values, as_interval, generic, number, table
+
+
+def denoiser(report: Report, value: Values, folder: Path) -> None:
+    """What the diffuser's denoising is good for: steps, restoration, drafts, filling gaps."""
+    drawn = {
+        "steps_curve": _steps,
+        "restoration": _restoration,
+        "block_drafts": _drafts,
+        "infilling": _infilling,
+    }
+    for name, part in value.items():
+        if name in drawn:
+            drawn[name](report, part, folder)
+        else:
+            generic(report, part, name.replace("_", " "))
+
+
+def _steps(report: Report, value: Values, folder: Path) -> None:
+    curve = value["curve"]
+    steps = [entry["steps"] for entry in curve]
+    loss = {"diffuser": (steps, [number(entry["loss"]["estimate"]) for entry in curve])}
+    if (teacher := as_interval(value.get("teacher_loss"))) is not None:
+        loss["Transformer (its teacher)"] = (steps, [teacher.estimate] * len(steps))
+    path = plots.line_chart(
+        folder / "denoising_loss.png",
+        loss,
+        x_label="denoising steps K",
+        y_label="loss (nats per token)",
+        x_scale="log",
+    )
+    report.figure(path, "Loss by number of denoising steps.")
+    time = {"noisy passes": (steps, [number(entry["seconds_per_token"]) for entry in curve])}
+    path = plots.line_chart(
+        folder / "denoising_time.png",
+        time,
+        x_label="denoising steps K",
+        y_label="seconds a token",
+        x_scale="log",
+    )
+    report.figure(path, "Time by number of denoising steps.")
+    names = ("steps", "network_passes", "loss", "minus_one_step", "gap", "kl", "helps", "seconds_per_token",
+             "decode_seconds_per_token")  # fmt: skip
+    headers = ["steps", "passes", "loss (nats/token)", "minus one step", "minus teacher", "KL(teacher, it)",
+               "gap below KL", "seconds a token", "decoding, seconds a token"]  # fmt: skip
+    rows = [[entry.get(name) for name in names] for entry in curve]
+    title = f"Denoising steps, {value['tokens']:,} tokens of {value['documents']:,} documents"
+    formats = ["", "", ".4f", "+.4f", "+.4f", ".4f", "", ".3g", ".3g"]
+    report.table(table(headers, rows, title, formats))
+    report.text(
+        f"Teacher {shown_loss(value.get('teacher_loss'))} nats a token; steps inside the mixture: "
+        f"{value.get('fused_steps')}. A gap below the KL is the diffuser's chance in a pool."
+    )
+
+
+def shown_loss(value: object) -> str:
+    """A loss with its interval, or a dash."""
+    interval = as_interval(value)
+    return "–" if interval is None else f"{interval:.4f}"
+
+
+def _restoration(report: Report, value: Values, folder: Path) -> None:
+    levels = value["levels"]
+    places = [f"{entry['tau']} ({entry['signal_power']:.2f})" for entry in levels]
+    for measure, y_label in (
+        ("error", "squared error, share of predicting the mean"),
+        ("agreement", "share of tokens restored"),
+    ):
+        names = list(levels[0][measure])
+        x = np.arange(len(levels))
+        curves = {n.replace("_", " "): (x, [number(e[measure].get(n)) for e in levels]) for n in names}
+        path = plots.line_chart(
+            folder / f"restoration_{measure}.png", curves, ticks=places,
+            x_label="noise level (signal power left)", y_label=y_label,
+        )  # fmt: skip
+        report.figure(path, f"Restoring noised latents in one pass: {y_label}.")
+        rows = [
+            [entry["tau"], entry["signal_power"], *(entry[measure].get(n) for n in names)] for entry in levels
+        ]
+        report.table(
+            table(
+                ["noise level", "signal power", *(n.replace("_", " ") for n in names)],
+                rows,
+                f"Restoration: {y_label}",
+                ["", ".3f", *[".3f"] * len(names)],
+            )
+        )
+
+
+def _drafts(report: Report, value: Values, folder: Path) -> None:
+    drafters = value["drafters"]
+    x = np.arange(1, value["block"] + 1)
+    for measure, y_label in (
+        ("truth", "share equal to the text"),
+        ("agreement", "share equal to the Transformer's choice"),
+    ):
+        curves = {name: (x, [number(v) for v in entry[measure]]) for name, entry in drafters.items()}
+        path = plots.line_chart(
+            folder / f"drafts_{measure}.png", curves, x_label="token of the block", y_label=y_label
+        )
+        report.figure(path, f"Drafted blocks: {y_label}.")
+    rows = [
+        [name, entry.get("network_passes"), entry.get("accepted"), entry.get("seconds_per_block")]
+        for name, entry in drafters.items()
+    ]
+    title = f"Drafts of {value['block']} tokens for {value['prompts']:,} prompts"
+    headers = ["drafter", "network passes", "tokens accepted a block", "seconds a block"]
+    report.table(table(headers, rows, title, ["", "", ".3f", ".3g"]))
+
+
+def _infilling(report: Report, value: Values, folder: Path) -> None:
+    accuracy = {name: i for name, v in value["accuracy"].items() if (i := as_interval(v))}
+    path = plots.interval_bars(folder / "infilling.png", accuracy, y_label="share of gap tokens right")
+    report.figure(path, f"Filling gaps of {value['span']} tokens.")
+    title = f"Filling {value['prompts']:,} gaps of {value['span']} tokens"
+    report.table(table(["with", "share right"], list(accuracy.items()), title, ["", ".3f"]))
+    report.text(str(value.get("reason", "")))
+
+
+def memory(report: Report, value: Values, folder: Path) -> None:
+    """Does memory help, and because of what it retrieves?"""
+    drawn = {"R1": _memory_losses, "R5": _overlap, "planted": _planted}
+    titles = {
+        "R2": "R2: are retrieved records of the same document kind?",
+        "R3": "R3: finding a known record",
+        "R4": "R4: attention that goes to the memory",
+        "cost": "Cost of the memory",
+    }
+    for name, part in value.items():
+        if name in drawn:
+            drawn[name](report, part, folder)
+        else:
+            generic(report, part, titles.get(name, name))
+
+
+def _memory_losses(report: Report, value: Values, folder: Path) -> None:
+    report.text(
+        "Memory helps only if real records are better than shuffled ones, which have the same slots "
+        "without the fit: "
+        f"here they {'are' if value['helps'] else 'are not'}. {value['seeing']:.1%} of the tokens see "
+        "a record."
+    )
+    modes = [[name, entry["loss"], entry["tokens"]] for name, entry in value["modes"].items()]
+    report.table(
+        table(["memory", "loss (nats/token)", "tokens"], modes, "R1: loss by memory", ["", ".4f", ","])
+    )
+    _difference_table(report, value, "R1: paired differences (nats/token)")
+    found = {name: i for name, v in value["differences"].items() if (i := as_interval(v))}
+    path = plots.intervals(folder / "memory.png", found, x_label="difference of loss (nats per token)")
+    report.figure(path, "Loss with real records against none, shuffled and random ones.")
+    if domains := value.get("domains"):
+        names = list(next(iter(domains.values())))
+        rows = [[domain, *(entry.get(n) for n in names)] for domain, entry in domains.items()]
+        report.table(table(["domain", *names], rows, "R1 by domain (nats/token)"))
+
+
+def _difference_table(report: Report, value: Values, title: str) -> None:
+    rows = [
+        [name, as_interval(entry), entry.get("verdict"), entry.get("documents")]
+        for name, entry in value["differences"].items()
+    ]
+    report.table(
+        table(["compared", "difference", "verdict", "documents"], rows, title, ["", "+.4f", "", ","])
+    )
+
+
+def _overlap(report: Report, value: Values, folder: Path) -> None:
+    buckets = value["buckets"]
+    names = ("real - none", "real - shuffled")
+    rows = [
+        [f"{b['low']:g} to {b['high']:g}", b["tokens"], b["documents"], *(b.get(n) for n in names)]
+        for b in buckets
+    ]
+    title = f"R5: gain by overlap of record and text ({value.get('n', 8)}-grams)"
+    report.table(table(["overlap", "tokens", "documents", *names], rows, title))
+    shown: dict[str, Interval] = {
+        f"{b['low']:g} to {b['high']:g}": i for b in buckets if (i := as_interval(b.get("real - shuffled")))
+    }
+    if shown:
+        path = plots.intervals(
+            folder / "memory_overlap.png",
+            shown,
+            y_label="overlap",
+            x_label="real minus shuffled (nats per token)",
+        )
+        report.figure(path, "Gain of real over shuffled records, by how much of the text they repeat.")
+    copying = "comes from copying repeated text" if value["copying"] else "does not come from copying alone"
+    report.text(f"What memory gains, if anything, {copying}.")
+
+
+def _planted(report: Report, value: Values, folder: Path) -> None:
+    recalls = "recalls" if value["recalls"] else "does not recall"
+    report.text(
+        f"{value['facts']:,} invented facts were put into the memory; the mixture {recalls} them. The "
+        "fact's record is "
+        f"among the hits for {value['retrieved']:.1%} of them."
+    )
+    modes = [[name, entry["loss"], entry["accuracy"]] for name, entry in value["modes"].items()]
+    headers = ["memory", "loss of the fact (nats/token)", "accuracy"]
+    report.table(table(headers, modes, "Planted facts", ["", ".4f", ".3f"]))
+    _difference_table(report, value, "Planted facts: paired differences (nats/token)")
+    found = {name: i for name, v in value["differences"].items() if (i := as_interval(v))}
+    path = plots.intervals(folder / "planted.png", found, x_label="difference of loss (nats per token)")
+    report.figure(path, "Loss of planted facts with their own record against none, shuffled and random ones.")

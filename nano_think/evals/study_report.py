@@ -1,0 +1,87 @@
+"""The report of a study, a pure function of its committed record: no model, no data, no network.
+
+write_study_report("experiments/results/study")  # report.md, report.html, report.json, figures/
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nano_think.evals.report import Report
+from nano_think.evals.study_evidence import evidence
+from nano_think.evals.study_record import StudyRecord
+from nano_think.evals.study_sections import (
+    differences,
+    gates,
+    headline,
+    label,
+    main_table,
+    router_bounds,
+    sentence,
+    stage_gains,
+    standing,
+)
+from nano_think.evals.study_setup import change_our_mind, provenance, question, setup, training
+from nano_think.evals.study_statistics import RIVALS, StudyStatistics
+
+
+def write_study_report(directory: str | Path, n_resamples: int = 2000) -> str:
+    """Redraw report and figures from the record in `directory`.
+
+    Args:
+        directory: what StudyRecord.save wrote.
+        n_resamples: resamples of the documents behind each interval.
+
+    Returns:
+        The digest of all inputs; the same digest means the same report.
+
+    Raises:
+        UserError: the record is missing or damaged.
+    """
+    record = StudyRecord.load(directory)
+    study_report(record, Path(directory) / "figures", n_resamples).write(directory)
+    return record.digest()
+
+
+def study_report(record: StudyRecord, figures: str | Path, n_resamples: int = 2000) -> Report:
+    """The report of a record; its figures are drawn into the folder `figures`."""
+    stats, folder = StudyStatistics(record, n_resamples), Path(figures)
+    report = Report("Is a mixture of different experts better than one Transformer?")
+    report.json({"inputs": record.digest(), "fused": stats.fused, "best_expert": stats.best_expert})
+    question(report, stats)
+    _summary(report, stats)
+    setup(report, stats)
+    report.heading("Losses")
+    main_table(report, stats, folder)
+    report.heading("The mixture against every baseline")
+    differences(report, stats, folder)
+    report.heading("Against Transformers of equal cost")
+    standing(report, stats)
+    report.heading("Where the gain comes from")
+    stage_gains(report, stats, folder)
+    report.heading("What routing gains, and could gain")
+    router_bounds(report, stats, folder)
+    report.heading("Gates, and what was tried")
+    gates(report, stats)
+    report.heading("Training")
+    training(report, stats, folder)
+    evidence(report, record, folder)
+    change_our_mind(report, stats)
+    provenance(report, stats)
+    return report
+
+
+def _summary(report: Report, stats: StudyStatistics) -> None:
+    """The verdicts, before everything else."""
+    lines = [
+        sentence(difference, "The mixture", text.removeprefix("mixture minus "))
+        for text, difference in headline(stats).items()
+    ]
+    if stats.fused is not None:
+        lines += [
+            sentence(stats.difference(stats.fused, key), "The mixture", what) for key, what in RIVALS.items()
+        ]
+    lines.append(sentence(stats.difference("fused_7b", "static"), "The router (7b)", "static weights (7a)"))
+    memory = stats.difference("fused_7d", "fused_7c")
+    lines.append(sentence(memory, label(stats, "fused_7d"), label(stats, "fused_7c")))
+    report.heading("Answer in short").text("\n".join(f"- {line}" for line in lines))

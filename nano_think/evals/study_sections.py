@@ -1,0 +1,358 @@
+"""The results of a study, section by section: tables, figures and the sentences that follow from them.
+
+Every sentence is chosen by a verdict, so a changed figure changes the text. Differences are model minus baseline
+in nats a token: negative is better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nano_think.evals import plots
+from nano_think.evals.bootstrap import Interval
+from nano_think.evals.report import Report
+from nano_think.evals.seeds import SeedDifference
+from nano_think.evals.study_statistics import (
+    EXPERTS,
+    RIVALS,
+    UNIFORM,
+    Stage,
+    StudyStatistics,
+    word,
+)
+
+DIFFERENCE = "difference (nats/token)"
+HEADERS = [DIFFERENCE, "each seed", "smallest effect claimed", "verdict"]
+
+
+def label(stats: StudyStatistics, key: str) -> str:
+    """How the report calls a model."""
+    return str(stats.record.models.get(key, {}).get("label", key))
+
+
+def per_seed(difference: SeedDifference) -> str:
+    """The value of each seed."""
+    return ", ".join(f"{value:+.4f}" for value in difference.per_seed)
+
+
+def difference_cells(difference: SeedDifference | None) -> list[Any]:
+    """Cells under HEADERS."""
+    if difference is None:
+        return [None, None, None, word(None)]
+    return [difference, per_seed(difference), difference.minimum_effect, difference.verdict]
+
+
+def sentence(difference: SeedDifference | None, model: str, baseline: str) -> str:
+    """A comparison as one plain sentence."""
+    if difference is None:
+        return f"{model} against {baseline}: not measured."
+    ways = {"better": "is better than", "worse": "is worse than"}
+    way = ways.get(difference.verdict, "cannot be told apart from")
+    note = ""
+    if difference.significant and difference.verdict not in ways:
+        note = f"; the interval leaves out 0, but less than {difference.minimum_effect:.4f} is not claimed"
+    return f"{model} {way} {baseline}: {difference:+.4f} nats a token ({difference.basis}){note}."
+
+
+def main_table(report: Report, stats: StudyStatistics, folder: Path) -> None:
+    """Cost and test losses of every model, then bits a byte by domain."""
+    record = stats.record
+    seeds = record.seeds.values()
+    rows, domain_rows, bars = [], [], {}
+    for key, facts in record.models.items():
+        errors = [s["ece"][key] for s in seeds if s.get("ece", {}).get(key) is not None]
+        validation = stats.validation(key)
+        rows.append(
+            [
+                label(stats, key),
+                facts.get("baseline"),
+                facts.get("parameters"),
+                facts.get("training_flops"),
+                facts.get("inference_flops_per_token"),
+                validation,
+                stats.loss(key),
+                stats.loss(key, "bpb"),
+                stats.loss(key, "bpb", average="macro"),
+                sum(errors) / len(errors) if errors else None,
+                len(record.scored_seeds(key)),
+            ]
+        )
+        by_domain = {
+            name: value
+            for index, name in enumerate(record.domains)
+            if (value := stats.loss(key, "bpb", domain=index)) is not None
+        }
+        domain_rows.append([label(stats, key), *(by_domain.get(name) for name in record.domains)])
+        if by_domain and key in _shown(stats):
+            bars[label(stats, key)] = by_domain
+    report.table(
+        ["model", "is", "parameters", "training FLOPs", "inference FLOPs/token", "validation loss",
+         "test loss (nats/token)", "bits/byte, all text alike", "bits/byte, all domains alike", "ECE", "seeds"],
+        rows,
+        formats=["", "", ",", ".3g", ".3g", ".4f", ".4f", ".4f", ".4f", ".4f", ""],
+        title="Every model: what it costs and what it reaches",
+    )  # fmt: skip
+    report.table(
+        ["model", *record.domains],
+        domain_rows,
+        formats=["", *[".4f"] * len(record.domains)],
+        title="Bits a byte by domain, test",
+    )
+    if bars:
+        path = plots.domain_bars(folder / "domains.png", bars, y_label="bits per byte")
+        report.figure(path, "Bits per byte by domain, with 95% intervals over documents and seeds.")
+
+
+def _shown(stats: StudyStatistics) -> list[str | None]:
+    return [stats.best_expert, stats.best_uniform, "static", stats.fused, *RIVALS]
+
+
+def differences(report: Report, stats: StudyStatistics, folder: Path) -> None:
+    """Fused minus every baseline, overall and by domain for the most important ones."""
+    fused = stats.fused
+    if fused is None:
+        report.text("No mixture was scored, so nothing can be compared.")
+        return
+    measured = {key: stats.difference(fused, key) for key in stats.compared()}
+    rows = [[label(stats, key), *difference_cells(value)] for key, value in measured.items()]
+    report.table(
+        ["baseline", *HEADERS],
+        rows,
+        formats=["", "+.4f", "", ".4f", ""],
+        title=f"{label(stats, fused)} minus each baseline, test",
+    )
+    shown: dict[str, Interval] = {
+        label(stats, k): v for k, v in measured.items() if v and abs(v.estimate) < 1
+    }
+    if shown:
+        path = plots.intervals(
+            folder / "differences.png",
+            shown,
+            x_label="mixture minus baseline (nats per token); left is better",
+        )
+        report.figure(
+            path,
+            "Paired differences with 95% intervals over documents and seeds: blue where the mixture "
+            "is better, "
+            "red where it is worse, grey where the interval holds 0. Baselines further off than 1 "
+            "nat are left out.",
+        )
+    domains = stats.record.domains
+    table = [
+        [label(stats, key), *(_cell(stats.difference(fused, key, domain=i)) for i in range(len(domains)))]
+        for key in _shown(stats)
+        if key in measured
+    ]
+    report.table(
+        ["baseline", *domains],
+        table,
+        align=["l"] * (1 + len(domains)),
+        title="The same by domain (nats/token)",
+    )
+
+
+def _cell(difference: SeedDifference | None) -> str | None:
+    return None if difference is None else f"{difference:+.4f}, {difference.verdict}"
+
+
+def standing(report: Report, stats: StudyStatistics) -> None:
+    """Against the Transformers of equal cost, in sentences, with the reason worked out from the stages."""
+    fused = stats.fused
+    if fused is None:
+        return
+    for key, what in RIVALS.items():
+        difference = stats.difference(fused, key)
+        lines = [f"**Against {what}.** {sentence(difference, 'The mixture', 'it')}"]
+        if difference is not None:
+            lines += [_decomposition(stats, fused, key), _cost(stats, fused, key)]
+        if note := stats.record.facts.get("reasons", {}).get(key):
+            lines.append(str(note))
+        report.text(" ".join(line for line in lines if line))
+
+
+def _decomposition(stats: StudyStatistics, fused: str, rival: str) -> str:
+    """fused - rival = (best expert - rival) + the gains of the stages: an identity, so a reason."""
+    best = stats.best_expert
+    start = stats.difference(best, rival) if best else None
+    steps = [(stage.name, stats.difference(stage.model, stage.before)) for stage in stats.steps_to(fused)]
+    if best is None or start is None or any(value is None for _, value in steps):
+        return "The steps that lead there were not all measured, so no reason can be given."
+    parts = ", ".join(f"{value.estimate:+.4f} by {name}" for name, value in steps if value is not None)
+    total = sum(value.estimate for _, value in steps if value is not None)
+    where = "behind" if start.estimate > 0 else "ahead of"
+    reach = "more" if -total > start.estimate else "less"
+    alone = f"our best expert alone ({label(stats, best)}) is {abs(start.estimate):.4f} nats {where} it"
+    why = f"Why: {alone}, and mixing"
+    gain = f"changes that by {total:+.4f} ({parts})"
+    if start.estimate > 0:
+        return f"{why} {gain}, {reach} than that distance."
+    return f"{why} {gain}."
+
+
+def _cost(stats: StudyStatistics, fused: str, rival: str) -> str:
+    names = {
+        "parameters": "parameters",
+        "training_flops": "training FLOPs",
+        "inference_flops_per_token": "inference FLOPs a token",
+    }
+    ours, theirs = stats.record.models[fused], stats.record.models[rival]
+    ratios = [
+        f"{ours[name] / theirs[name]:.2f} times its {text}"
+        for name, text in names.items()
+        if ours.get(name) and theirs.get(name)
+    ]
+    return f"The mixture takes {', '.join(ratios)}." if ratios else ""
+
+
+def stage_gains(report: Report, stats: StudyStatistics, folder: Path) -> None:
+    """What each step of the mixture brought, and the controls that its cause must survive."""
+    rows, bars = [], {}
+    for stage in stats.stages():
+        difference = stats.difference(stage.model, stage.before)
+        pair = f"{label(stats, stage.model)} − {label(stats, stage.before)}"
+        rows.append([stage.name, stage.cause, pair, *difference_cells(difference)])
+        if difference is not None:
+            bars[f"{stage.name} {stage.cause.split(':')[0]}"] = difference
+    for cause, model, baseline in (
+        ("the same parameters with the Transformer alone", "finetuned_transformer", "transformer"),
+        ("experts and router beside that", "fused_7c", "finetuned_transformer"),
+    ):
+        pair = f"{label(stats, model)} − {label(stats, baseline)}"
+        rows.append(["control of 7c", cause, pair, *difference_cells(stats.difference(model, baseline))])
+    report.table(
+        ["stage", "cause", "compared", *HEADERS],
+        rows,
+        formats=["", "", "", "+.4f", "", ".4f", ""],
+        title="What each stage gains, test",
+    )
+    for stage in stats.stages():
+        report.text(_stage_sentence(stats, stage))
+    if bars:
+        path = plots.interval_bars(folder / "stages.png", bars, y_label="change of loss (nats per token)")
+        report.figure(path, "Gain of each stage over the one before it, 95% intervals; below 0 is a gain.")
+
+
+def _stage_sentence(stats: StudyStatistics, stage: Stage) -> str:
+    difference = stats.difference(stage.model, stage.before)
+    cause = stage.cause.split(":")[0].capitalize()
+    if difference is None:
+        return f"**{stage.name}.** {cause}: not measured."
+    found = {
+        "better": f"a gain of {-difference.estimate:.4f} nats a token",
+        "worse": f"a loss of {difference.estimate:.4f} nats a token",
+        "not distinguishable": "too small to be claimed" if difference.significant else "not told from noise",
+    }[difference.verdict]
+    return f"**{stage.name}.** {cause}: {found} ({difference:+.4f})."
+
+
+def router_bounds(report: Report, stats: StudyStatistics, folder: Path) -> None:
+    """How much routing could gain at most, by oracles that see the labels, and what it did gain."""
+    best = stats.best_expert
+    router = stats.difference("fused_7b", "static")
+    rows = []
+    bounds = {
+        "static_per_domain": "constant weights fitted to each domain",
+        "oracle_domain": "the best expert of each domain",
+        "oracle_document": "the best expert of each document",
+        "oracle_token": "the best expert of each token; not reachable",
+    }
+    for key, what in bounds.items():
+        over_static, over_best = stats.difference(key, "static"), stats.difference(key, best or EXPERTS[0])
+        gain = router.estimate if router else math.nan
+        regret = stats.difference("fused_7b", key)
+        share = gain / over_static.estimate if over_static and over_static.estimate < 0 else None
+        rows.append([label(stats, key), what, over_best, over_static, regret, share])
+    report.table(
+        ["bound", "it takes", "minus best expert", "minus static weights", "router's regret (7b minus it)",
+         "share of it that routing gains"],
+        rows,
+        formats=["", "", "+.4f", "+.4f", "+.4f", ".0%"],
+        title="Bounds of routing, test (nats/token)",
+    )  # fmt: skip
+    report.text(sentence(router, "The router (7b)", "static weights (7a)"))
+    per_domain = stats.difference("static_per_domain", "static")
+    if router is None or router.verdict != "better":
+        if per_domain is None:
+            report.text("The bound of a perfect domain router was not measured.")
+        else:
+            token = stats.difference("oracle_token", "static")
+            most = f", an oracle of the token {-token.estimate:.4f}" if token else ""
+            report.text(
+                f"How much there was to gain: weights fitted to each domain would bring "
+                f"{-per_domain.estimate:.4f} "
+                f"nats a token over one set of weights ({per_domain.verdict}){most}. "
+                "A router that only tells domains apart cannot bring more than the former."
+            )
+
+
+def gates(report: Report, stats: StudyStatistics) -> None:
+    """The gates of each seed; where a headline comparison is not won, what failed and what was tried."""
+    record = stats.record
+    by_seed = {seed: {g["name"]: g for g in facts.get("gates", [])} for seed, facts in record.seeds.items()}
+    names = list(dict.fromkeys(name for found in by_seed.values() for name in found))
+    rows, failed = [], []
+    for name in names:
+        found = {seed: gates_of[name] for seed, gates_of in by_seed.items() if name in gates_of}
+        first = next(iter(found.values()))
+        words = [_passed(found[seed]) if seed in found else None for seed in by_seed]
+        if "no" in words:
+            failed.append(f"{name} ({first.get('question', '')})")
+        reasons = "; ".join(dict.fromkeys(str(gate.get("reason", "")) for gate in found.values()))
+        rows.append([name, first.get("question"), *words, _figures(first.get("figures", {})), reasons])
+    if rows:
+        headers = [
+            "gate",
+            "question",
+            *(f"seed {seed}" for seed in by_seed),
+            "figures of the first seed",
+            "reason",
+        ]
+        report.table(headers, rows, align=["l"] * len(headers), title="Gates, decided on validation")
+    lost = [text for text, difference in headline(stats).items() if difference and not difference.high < 0]
+    if lost:
+        named = f"The gates that failed: {'; '.join(failed)}." if failed else "No gate failed on validation."
+        report.text(
+            f"Not won on test, because the upper end of the interval is not below 0: "
+            f"{'; '.join(lost)}. {named}"
+        )
+    _tries(report, record.facts.get("tries", []), needed=5 if lost else 0)
+
+
+def headline(stats: StudyStatistics) -> Mapping[str, SeedDifference | None]:
+    """The comparisons that a mixture exists for: best expert and uniform pools."""
+    if stats.fused is None:
+        return {}
+    keys = [key for key in (stats.best_expert, *UNIFORM) if key in stats.compared()]
+    return {f"mixture minus {label(stats, key)}": stats.difference(stats.fused, key) for key in keys if key}
+
+
+def _passed(gate: Mapping[str, Any]) -> str:
+    return {True: "yes", False: "no", None: "undecided"}[gate.get("passed")]
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+
+
+def _tries(report: Report, tries: list[Mapping[str, Any]], needed: int) -> None:
+    if tries:
+        rows = [
+            [*map(t.get, ("what", "why", "val_before", "val_after")), "yes" if t.get("kept") else "no",
+             *map(t.get, ("note", "command", "commit"))]
+            for t in tries
+        ]  # fmt: skip
+        report.table(
+            ["what was tried", "why", "validation before", "after", "kept", "note", "command", "commit"],
+            rows,
+            formats=["", "", ".4f", ".4f", "", "", "", ""],
+            title="What was tried to improve the mixture",
+        )
+    if len(tries) < needed:
+        report.text(
+            f"Only {len(tries)} of at least {needed} tries are recorded: the search for a remedy is not done."
+        )
+    elif not tries:
+        report.text("Nothing had to be mended, and no tries are recorded.")

@@ -1,0 +1,208 @@
+"""How a study was made: question, data, models, tuning, training curves, what would change our "
+"mind, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nano_think.evals import plots
+from nano_think.evals.report import Report
+from nano_think.evals.study_sections import headline, label
+from nano_think.evals.study_statistics import RIVALS, StudyStatistics, word
+
+# nats a token and epoch: a curve that still falls faster was stopped before its end
+PLATEAU = 0.01
+
+
+def settings_rows(facts: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
+    """Nested settings as rows of dotted name and value."""
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from settings_rows(value, f"{prefix}{key}.")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            yield [f"{prefix}{key}", f"{text:,}" if isinstance(text, int) else str(text)]
+
+
+def question(report: Report, stats: StudyStatistics) -> None:
+    """The question, and what is missing from the answer."""
+    facts = stats.record.facts
+    report.heading("Question").text(str(facts.get("question", "No question was recorded.")))
+    if missing := stats.record.missing():
+        report.text("**This study is not whole.** Missing:\n\n" + "\n".join(f"- {line}" for line in missing))
+    if changed := stats.record.changed:
+        report.text(f"**Changed since SHA256SUMS was written:** {', '.join(changed)}.")
+
+
+def setup(report: Report, stats: StudyStatistics) -> None:
+    """Data, settings and models, and how figures are made."""
+    record = stats.record
+    report.heading("Set-up")
+    report.table(["data", "value"], list(settings_rows(record.facts["data"])), align=["l", "l"], title="Data")
+    rows = list(settings_rows(record.facts.get("settings", {})))
+    report.table(["setting", "value"], rows, align=["l", "l"], title="Settings")
+    models = [
+        [label(stats, key), facts.get("baseline"), facts.get("description"), facts.get("trained_parameters")]
+        for key, facts in record.models.items()
+    ]
+    report.table(
+        ["model", "is", "what it is", "parameters trained"], models, formats=["", "", "", ","], title="Models"
+    )
+    fused, best = stats.fused, stats.best_expert
+    report.text(
+        f"The mixture that is compared ({label(stats, fused) if fused else 'none'}) and the best expert "
+        f"({label(stats, best) if best else 'none'}) are those of the lowest loss on validation. A "
+        "loss is nats a token, "
+        "the mean over seeds. Intervals (95%) cover the choice of documents (bootstrap over "
+        "documents, never tokens, "
+        f"{stats.n_resamples:,} resamples, both models of a comparison on the same ones) and the "
+        "choice of seeds "
+        "(Student's t over the seeds). A difference is called better or worse only where its "
+        "interval leaves out 0 "
+        "and it is at least twice the deviation of the baseline over its seeds. Bounds (oracles, "
+        "weights fitted to "
+        "each domain of the test text) see the labels: they are no models, and nothing is claimed "
+        "against them."
+    )
+
+
+def training(report: Report, stats: StudyStatistics, folder: Path) -> None:
+    """Tuning trials of every family, where each fit stopped and whether it had ended, and the curves."""
+    record = stats.record
+    if tuning := record.facts.get("tuning"):
+        rows = [
+            [*map(t.get, ("family", "lr", "dropout", "weight_decay", "tokens", "val_loss")),
+             "chosen" if t.get("chosen") else ""]
+            for t in tuning
+        ]  # fmt: skip
+        counts = {
+            str(t.get("family")): sum(o.get("family") == t.get("family") for o in tuning) for t in tuning
+        }
+        trials = ", ".join(f"{family} {count}" for family, count in counts.items())
+        report.text(f"Tuning trials a family: {trials}.")
+        report.table(
+            ["family", "learning rate", "dropout", "weight decay", "tokens", "validation loss", ""],
+            rows,
+            formats=["", "g", "g", "g", ",", ".4f", ""],
+            title="Tuning record",
+        )
+    rows, moving = [], []
+    for key in record.models:
+        fits = [facts["fits"][key] for facts in record.seeds.values() if key in facts.get("fits", {})]
+        if not fits:
+            continue
+        fall = _mean(fits, "fall_per_epoch")
+        if fall is not None and fall > PLATEAU:
+            moving.append(label(stats, key))
+        numbers = ("steps", "tokens", "epochs", "best_step", "val_loss")
+        rows.append(
+            [label(stats, key), *(_mean(fits, n) for n in numbers), fall, _mean(fits, "lr"), len(fits)]
+        )
+    report.table(
+        ["model", "steps", "tokens", "epochs", "best step", "validation loss", "fall an epoch at the end",
+         "learning rate", "seeds"],
+        rows,
+        formats=["", ",.0f", ",.0f", ".2f", ",.0f", ".4f", ".4f", "g", ""],
+        title="Where each fit stood at its end, mean over seeds",
+    )  # fmt: skip
+    if rows:
+        report.text(
+            f"Still falling by more than {PLATEAU} nats an epoch when they ended, so not fully "
+            f"trained: {', '.join(moving)}."
+            if moving
+            else f"Every validation curve fell by at most {PLATEAU} nats an epoch at its end: a plateau."
+        )
+    _curves(report, stats, folder)
+
+
+def _mean(fits: list[Mapping[str, Any]], name: str) -> float | None:
+    values = [float(fit[name]) for fit in fits if fit.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _curves(report: Report, stats: StudyStatistics, folder: Path) -> None:
+    """Validation loss against tokens and against training FLOPs, mean over seeds at the steps all "
+    "seeds have."""
+    by_tokens, by_flops = {}, {}
+    for key, facts in stats.record.models.items():
+        fits = [s["fits"][key] for s in stats.record.seeds.values() if key in s.get("fits", {})]
+        histories = [dict(map(tuple, fit["history"])) for fit in fits if fit.get("history")]
+        steps = sorted(set.intersection(*(set(h) for h in histories))) if histories else []
+        if not steps:
+            continue
+        losses = [float(np.mean([history[step] for history in histories])) for step in steps]
+        done = np.array(steps) / fits[0]["steps"]
+        name = label(stats, key)
+        if fits[0].get("tokens"):
+            by_tokens[name] = (done * fits[0]["tokens"], losses)
+        if total := facts.get("training_flops"):
+            # what a mixture's experts cost was spent before its own first step
+            own = fits[0].get("flops", total)
+            by_flops[name] = (total - own * (1 - done), losses)
+    for name, curves, x_label, scale in (
+        ("tokens", by_tokens, "training tokens of the fit", "log"),
+        ("flops", by_flops, "training FLOPs, experts of a mixture included", "log"),
+    ):
+        if curves:
+            path = plots.line_chart(
+                folder / f"curves_{name}.png",
+                curves,
+                x_label=x_label,
+                y_label="validation loss (nats per token)",
+                x_scale=scale,
+            )
+            report.figure(path, f"Validation loss against {x_label}, mean over seeds.")
+
+
+def change_our_mind(report: Report, stats: StudyStatistics) -> None:
+    """For each headline verdict the figure that would turn it."""
+    fused = stats.fused
+    lines = []
+    pairs = dict(headline(stats))
+    if fused is not None:
+        pairs |= {f"mixture minus {label(stats, key)}": stats.difference(fused, key) for key in RIVALS}
+    pairs["router (7b) minus static weights (7a)"] = stats.difference("fused_7b", "static")
+    for text, difference in pairs.items():
+        if difference is None:
+            lines.append(f"{text}: any measurement, as there is none.")
+            continue
+        least = max(difference.minimum_effect, 0.0)
+        turns = {
+            "better": "we would give the claim up if more seeds or other text moved the upper end above 0 "
+            f"(it is {difference.high:+.4f}) or the gain below {least:.4f}",
+            "worse": f"we would claim a gain if the upper end, now {difference.high:+.4f}, fell "
+            "below 0: the mixture would "
+            f"have to gain {difference.estimate + least:.4f} nats and more",
+            "not distinguishable": f"we would decide if more seeds or documents moved one end of "
+            f"[{difference.low:+.4f}, {difference.high:+.4f}] over 0 and the difference were at least "
+            f"{least:.4f}",
+        }
+        lines.append(f"{text} ({word(difference)}): {turns[difference.verdict]}.")
+    lines.append(
+        "Size: everything here holds for the number of parameters and tokens of the set-up. "
+        "A different order at a larger size would change what we recommend, not these figures."
+    )
+    lines += [str(line) for line in stats.record.facts.get("change_our_mind", [])]
+    report.heading("What would change our mind").text("\n".join(f"- {line}" for line in lines))
+
+
+def provenance(report: Report, stats: StudyStatistics) -> None:
+    """Commands, commit, machine, reads of the test split and hashes of all inputs."""
+    record, facts = stats.record, stats.record.facts
+    report.heading("How to repeat it")
+    commands = "\n".join(map(str, facts.get("commands", []))) or "no commands were recorded"
+    report.text(f"```\n{commands}\n```")
+    rows: list[list[Any]] = [
+        ["commit", facts.get("commit")],
+        ["leak audit", facts.get("audit")],
+        ["reads of the test split", str(facts.get("test_reads", "not recorded"))],
+        ["hash of all inputs", f"`{record.digest()}`"],
+        *settings_rows(facts.get("machine", {}), "machine."),
+    ]
+    report.table(["what", "value"], rows, align=["l", "l"])
+    hashes = [[name, f"`{value}`"] for name, value in sorted(record.hashes.items())]
+    report.table(["input", "SHA-256"], hashes, align=["l", "l"], title="Inputs of this report")
