@@ -25,7 +25,7 @@ PoolKind = Literal["cummean", "token", "ema", "window", "cummean+token", "prefix
 class MultiHeadLatentAttention(nn.Module):
     """context = e + W_o attention(RMSNorm(e), memory slots), W_o starting at zero so that context = e.
 
-    latent_dim, head_dim, rope_dim, kv, memory: see `LatentAttention`.
+    latent_dim, head_dim, rope_dim, kv, memory, slot_bias: see `LatentAttention`.
     post_norm: a norm behind the residual; `layer` is the seeds' LayerNorm, which moves the experts' input.
     """
 
@@ -41,6 +41,7 @@ class MultiHeadLatentAttention(nn.Module):
         kv: KeyValueKind = "latent",
         memory: bool = False,
         post_norm: PostNorm = "none",
+        slot_bias: float = -8.0,
     ) -> None:
         super().__init__()
         norms = {"none": nn.Identity, "rms": RMSNorm, "layer": nn.LayerNorm}
@@ -48,7 +49,7 @@ class MultiHeadLatentAttention(nn.Module):
             raise ValueError(f"post_norm must be none, rms or layer, not {post_norm!r}")
         self.norm = RMSNorm(d_model)
         self.attention = LatentAttention(
-            d_model, num_heads, latent_dim, head_dim, rope_dim, rope_theta, rope_layout, kv, memory
+            d_model, num_heads, latent_dim, head_dim, rope_dim, rope_theta, rope_layout, kv, memory, slot_bias
         )
         self.post_norm = norms[post_norm](d_model)
         init_blocks(self.attention, num_layers=1)

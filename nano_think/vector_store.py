@@ -81,6 +81,11 @@ class VectorStore:
         """Records of one session, 0 being the shared corpus."""
         return int((self._data["session"][: self._size] == session).sum())
 
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """Metadata (n,) and tokens (n, m) of all records as they lie in the store: copies, for analysis."""
+        return {name: self._data[name][: self._size].copy() for name in (*COLUMNS, "tokens")}
+
     def settings(self) -> dict[str, Any]:
         """What the index reports about itself: backend, and for "ivf" nlist, nprobe and measured recall."""
         return self._index.settings()
@@ -235,6 +240,25 @@ class VectorStore:
             pending = np.concatenate(unmet) if fetch < self._size else np.empty(0, np.int64)
             fetch = min(self._size, _OVERFETCH * fetch)
         return self._hits(slots, scores, queries.device if isinstance(queries, Tensor) else None)
+
+    def draw(self, count: int, k: int, reader: Reader, seed: int = 0) -> Hits:
+        """k different records drawn at random of all that `reader` may see, for each of `count` queries.
+
+        What a memory is worth beside the same amount of any text; scores are 0. Raises ValueError as `search`.
+        """
+        own = reader.own(count)
+        generator = np.random.default_rng(seed)
+        readable = reader.readable({name: self._data[name][: self._size] for name in COLUMNS})
+        slots = np.full((count, k), -1, np.int64)
+        for row in range(count):
+            visible = readable.copy()
+            for name, mine in own.items():
+                if mine[row] >= 0:
+                    visible &= self._data[name][: self._size] != mine[row]
+            candidates = np.flatnonzero(visible)
+            some = generator.choice(len(candidates), min(k, len(candidates)), replace=False)
+            slots[row, : len(some)] = candidates[some]
+        return self._hits(slots, np.zeros((count, k), np.float32), None)
 
     def nearest(self, query: Tensor, k: int) -> Tensor:
         """Stored values nearest to `query` (d,) or (Q, d), as (k', d) or (Q, k', d), k' = min(k, records).

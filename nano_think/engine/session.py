@@ -20,6 +20,7 @@ from nano_think.engine.render import TokenPrinter, token_records
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.errors import UserError
 from nano_think.files import write_json
+from nano_think.model import NanoThink
 from nano_think.nn.quantized import Kind
 from nano_think.vector_records import Reader, session_id
 
@@ -82,25 +83,28 @@ class Session:
         """Records that earlier continuations left."""
         return self.memory.store.count(self.number)
 
-    @torch.no_grad()
     def append(self, checkpoint: Checkpoint, tokens: list[int]) -> int:
-        """Remember a finished sequence; returns its number of records: complete chunks that something follows."""
-        ids = torch.tensor([tokens])
-        hidden = fused_hidden(checkpoint.model, ids)
-        memory = self.memory
-        records = chunk_records(
-            memory.encoder,
-            ids,
-            hidden,
-            chunk=memory.retriever.chunk,
-            session=self.number,
-            split="expert_train",
-        )
-        if len(records.keys):
-            memory.store.add(records.keys, records.values, **records.meta)
-        memory.store.publish()
-        save_memory(memory, self.folder)
-        return len(records.keys)
+        """Remember a finished sequence and save; returns its number of records, see `remember`."""
+        count = remember(self.memory, checkpoint.model, tokens, self.number)
+        save_memory(self.memory, self.folder)
+        return count
+
+
+@torch.no_grad()
+def remember(memory: Memory, model: NanoThink, tokens: list[int], session: int) -> int:
+    """Write a finished sequence into a session of the store, for its later sequences alone.
+
+    Returns the number of records: complete chunks that something follows.
+    """
+    ids = torch.tensor([tokens])
+    hidden = fused_hidden(model, ids)
+    records = chunk_records(
+        memory.encoder, ids, hidden, chunk=memory.retriever.chunk, session=session, split="expert_train"
+    )
+    if len(records.keys):
+        memory.store.add(records.keys, records.values, **records.meta)
+    memory.store.publish()
+    return len(records.keys)
 
 
 def continue_text(

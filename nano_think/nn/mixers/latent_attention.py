@@ -198,15 +198,15 @@ class Rotation(nn.Module):
 class SlotReader(nn.Module):
     """The parameters with which attention reads memory slots, and the null slot that lets it look away.
 
-    Every slot score carries a per-head bias that starts at -8: a fresh memory barely disturbs a trained model,
-    while gradients reach every part of it.
+    Every slot score carries a bias of its head that starts far below 0: a fresh memory barely disturbs a trained
+    model, while gradients reach every part of it.
     """
 
-    def __init__(self, d_model: int, num_heads: int) -> None:
+    def __init__(self, d_model: int, num_heads: int, bias: float = -8.0) -> None:
         super().__init__()
         self.norm = RMSNorm(d_model)
         self.null = nn.Parameter(torch.empty(d_model).normal_(std=0.02))
-        self.bias = nn.Parameter(torch.full((num_heads,), -8.0))
+        self.bias = nn.Parameter(torch.full((num_heads,), float(bias)))
 
     def forward(self, memory: Slots) -> Tensor:
         """Normed slot vectors (B, U k + 1, d_model), the null slot last."""
@@ -242,7 +242,8 @@ class LatentAttention(nn.Module):
     kv: `latent` caches latent_dim + rope_dim numbers a token, `full` is ordinary rotary attention,
     `seed_bottleneck` squeezes keys and values through latent_dim each (both ignore rope_dim).
     latent_dim: d_model / 3 where not given. head_dim: d_model / num_heads. rope_dim: head_dim / 2, in
-    addition to head_dim. memory: adds the parameters that read slots.
+    addition to head_dim. memory: adds the parameters that read slots. slot_bias: what every head adds to the score
+    of a slot, at the start.
     """
 
     def __init__(
@@ -256,6 +257,7 @@ class LatentAttention(nn.Module):
         rope_layout: RopeLayout = "half",
         kv: KeyValueKind = "latent",
         memory: bool = False,
+        slot_bias: float = -8.0,
     ) -> None:
         super().__init__()
         head_dim = head_dim or d_model // num_heads
@@ -271,7 +273,7 @@ class LatentAttention(nn.Module):
         else:
             raise ValueError(f"kv must be latent, full or seed_bottleneck, not {kv!r}")
         self.out_proj = nn.Linear(num_heads * head_dim, d_model, bias=False)
-        self.slots = SlotReader(d_model, num_heads) if memory else None
+        self.slots = SlotReader(d_model, num_heads, slot_bias) if memory else None
 
     def forward(self, x: Tensor, layout: Layout, memory: Slots | None = None) -> Tensor:
         """(B, L, d_model) to the same shape; token t sees tokens <= t of its document and its own slots."""
