@@ -66,10 +66,10 @@ def steps_curve(
 
     The clean stream of a batch is computed once and serves all numbers of steps. Times are those of whole
     batches (`seconds_per_token`, `cpu_seconds_per_token`, noisy passes alone) and of one position after another
-    with a cache (`decode_seconds_per_token`, clean pass and head included, the median of `decode_tokens`).
+    with a cache (`decode_*`, clean pass and head included, the median of `decode_tokens`).
 
     Returns:
-        target, fused_steps, tokens, documents, teacher_loss, teacher_decode_seconds_per_token,
+        target, fused_steps, tokens, documents, teacher_loss, teacher_decode_(cpu_)seconds_per_token,
         clean_seconds_per_token, clean_cpu_seconds_per_token, and in `curve` one row a number of steps: loss,
         minus_one_step (loss minus that of the first number of steps), gap (loss minus the teacher's), kl
         (mean KL(p_T || p_D)), helps (gap < kl: a little of it improves a geometric pool with the Transformer).
@@ -89,7 +89,8 @@ def steps_curve(
         "tokens": len(document),
         "documents": int(document.max()) + 1,
         "teacher_loss": mean(losses["teacher"]),
-        "teacher_decode_seconds_per_token": decoded["teacher"],
+        "teacher_decode_seconds_per_token": decoded["teacher"][0],
+        "teacher_decode_cpu_seconds_per_token": decoded["teacher"][1],
         "clean_seconds_per_token": read.clean.seconds / read.tokens,
         "clean_cpu_seconds_per_token": read.clean.cpu_seconds / read.tokens,
         "curve": [
@@ -103,7 +104,8 @@ def steps_curve(
                 "helps": bool((losses[k] - losses["teacher"]).mean() < read.kl[k]),
                 "seconds_per_token": read.noisy[k].seconds / read.tokens,
                 "cpu_seconds_per_token": read.noisy[k].cpu_seconds / read.tokens,
-                "decode_seconds_per_token": decoded[k],
+                "decode_seconds_per_token": decoded[k][0],
+                "decode_cpu_seconds_per_token": decoded[k][1],
             }
             for k in steps
         ],
@@ -166,22 +168,23 @@ def token_kl(p: Tensor, p_table: Tensor, q: Tensor, q_table: Tensor) -> Tensor:
 @torch.no_grad()
 def decode_seconds(
     network: ExpertLM, teacher: ExpertLM, batch: Batch, steps: Sequence[int], count: int
-) -> dict[Any, float]:
-    """Median seconds a token of greedy decoding, of the `teacher` and by number of steps of the diffuser."""
+) -> dict[Any, tuple[float, float]]:
+    """Median seconds a token of greedy decoding, by clock and by processor: `teacher`, and by number of steps."""
     prompt = batch["tokens"][:1, :PROMPT]
     readers: dict[Any, tuple[ExpertLM, dict[str, int]]] = {"teacher": (teacher, {})}
     readers |= {k: (network, {"steps": k}) for k in steps}
     found = {}
     for key, (model, options) in readers.items():
         state = model.init_state(1, prompt.shape[1] + count)
-        tokens, seconds = prompt, []
+        tokens, watches = prompt, []
         for _ in range(count + 1):
             watch = Stopwatch()
             with watch.running():
                 hidden = model.expert.extend(model.embedding(tokens), state, **options)
                 tokens = F.linear(hidden[:, -1:], model.embedding.weight).argmax(-1)
-            seconds.append(watch.seconds)
-        found[key] = float(np.median(seconds[1:]))  # the first one read the prompt
+            watches.append((watch.seconds, watch.cpu_seconds))
+        clock, cpu = np.median(watches[1:], axis=0).tolist()  # the first one read the prompt
+        found[key] = clock, cpu
     return found
 
 

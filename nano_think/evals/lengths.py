@@ -52,7 +52,6 @@ def length_curve(
     if any(longest % length for length in lengths) or list(lengths) != sorted(set(lengths)):
         raise ValueError(f"Lengths must rise and divide the last one, unlike {list(lengths)}.")
     rows = sample_documents([_long_fragments(batch, trained, longest) for batch in batches], max_tokens, seed)
-    rows = [batch for batch in map(_scored_rows, rows) if len(batch["labels"])]
     if not rows:
         raise ValueError(
             f"No document fragment is longer than {trained} tokens: longer contexts cannot help."
@@ -88,11 +87,6 @@ def _long_fragments(batch: Batch, trained: int, longest: int) -> Batch:
     sizes = torch.stack([(segments == s).sum(1) for s in range(int(segments.max()) + 1)], dim=1)
     long = (segments >= 0) & (sizes.gather(1, segments.clamp_min(0)) > trained)
     return batch | {"labels": batch["labels"].masked_fill(~long, -100)}
-
-
-def _scored_rows(batch: Batch) -> Batch:
-    rows = (batch["labels"] >= 0).any(dim=1)
-    return {name: value[rows] for name, value in batch.items()}
 
 
 def _cut(batch: Batch, length: int) -> Batch:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nano_think.evals.correlation import Moments
-from nano_think.evals.ratios import Floats, Ints, correlation_interval, mean_interval, number, plain
-from nano_think.evals.routing import knockout_matrix
+from nano_think.evals.ratios import Floats, Ints, correlation_interval, mean_interval, number, plain, sums_of
+from nano_think.evals.routing import DocumentWeights, analyse_routing, knockout_matrix
 from nano_think.evals.tokens import CLASSES, TokenTable
 
 Groups = dict[str, NDArray[np.bool_]]
@@ -27,8 +27,8 @@ def specialisation(
     domains: names in the order of the domain index. Intervals are over documents.
 
     Returns:
-        loss, knock_out, correlation, error_correlation, weights, best, by_class and oracle, see the functions
-        below; best_single is the expert with the lowest loss.
+        loss, information, knock_out, correlation, error_correlation, weights, best, by_class and oracle, see the
+        functions below; best_single is the expert with the lowest loss.
     """
     bootstrap = {"n_resamples": n_resamples, "seed": seed}
     names = table.experts
@@ -46,6 +46,7 @@ def specialisation(
         "classes": list(by_class),
         "loss": {"fused": float(table.fused.mean())} | _named(names, table.nll.mean(0)),
         "best_single": names[best],
+        "information": information(table, len(domains), **bootstrap),
         "knock_out": knock_out(table, domains, **bootstrap),
         "correlation": weight_correlations(table, **bootstrap),
         "error_correlation": error_correlation(table),
@@ -54,6 +55,20 @@ def specialisation(
         "by_class": {name: _class_row(table, mask, best, bootstrap) for name, mask in by_class.items()},
         "oracle": oracle_gains(table, {"class": by_class, "domain": by_domain}, **bootstrap),
     }
+
+
+def information(table: TokenTable, num_domains: int, **bootstrap: int) -> dict[str, Any]:
+    """I(domain; expert) of the router in nats, and its p_value and mean_by_chance under permuted documents."""
+    weights = DocumentWeights(
+        uid=table.uid,
+        domain=table.losses(table.fused, num_domains).domain,
+        sum_weights=sums_of(table.weights, table.document, len(table.uid)),
+        num_tokens=np.bincount(table.document, minlength=len(table.uid)),
+        num_domains=num_domains,
+    )
+    found = analyse_routing(weights, **bootstrap)
+    chance = {"p_value": found.test.p_value, "mean_by_chance": float(found.test.null.mean())}
+    return plain(found.information) | chance
 
 
 def knock_out(table: TokenTable, domains: Sequence[str], **bootstrap: int) -> dict[str, Any]:

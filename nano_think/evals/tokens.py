@@ -58,26 +58,41 @@ def _class_of(token: bytes) -> str:
     return "code_symbol" if CODE_SYMBOLS & set(text) else "punctuation"
 
 
-def sample_documents(batches: Iterable[Batch], max_tokens: int | None, seed: int = 0) -> list[Batch]:
+def sample_documents(
+    batches: Iterable[Batch],
+    max_tokens: int | None,
+    seed: int = 0,
+    max_per_document: int | None = None,
+) -> list[Batch]:
     """The batches with labels of some whole documents alone, drawn until `max_tokens` labels are reached.
 
     Rows without any such label are dropped, so that a pass costs less. All documents where max_tokens is None.
-    Documents are drawn alike, so domains keep their share.
+    Documents are drawn alike, so domains keep their share of them.
+    max_per_document: of a longer document its first labels count, so that more documents stand behind an interval.
     """
     batches = list(batches)
-    if max_tokens is None or not batches:
-        return batches
-    uid = np.concatenate([batch["doc_uid"][batch["labels"] >= 0].cpu().numpy() for batch in batches])
-    unique, count = np.unique(uid, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(unique))
-    before = np.cumsum(count[order]) - count[order]
-    drawn = torch.from_numpy(unique[order[before < max_tokens]])
+    scored = [batch["labels"] >= 0 for batch in batches]
+    if not any(bool(mask.any()) for mask in scored):
+        return []
+    uid = np.concatenate([b["doc_uid"][mask].cpu().numpy() for b, mask in zip(batches, scored, strict=True)])
+    unique, document, count = np.unique(uid, return_inverse=True, return_counts=True)
+    limit = len(uid) if max_per_document is None else max_per_document
+    by_document = np.argsort(document, kind="stable")
+    place = np.empty(len(uid), np.int64)  # of each label in its document
+    place[by_document] = np.arange(len(uid)) - np.repeat(np.cumsum(count) - count, count)
+    order, size = np.random.default_rng(seed).permutation(len(unique)), np.minimum(count, limit)
+    before = np.cumsum(size[order]) - size[order]
+    drawn = np.zeros(len(unique), bool)
+    drawn[order[before < (len(uid) if max_tokens is None else max_tokens)]] = True
+    chosen = torch.from_numpy(drawn[document] & (place < limit))
     sampled = []
-    for batch in batches:
-        chosen = torch.isin(batch["doc_uid"], drawn.to(batch["doc_uid"]))
-        labels = batch["labels"].masked_fill(~chosen, -100)
-        rows = (labels >= 0).any(dim=1)
+    for batch, mask, kept in zip(
+        batches, scored, chosen.split([int(mask.sum()) for mask in scored]), strict=True
+    ):
+        keep = torch.zeros_like(mask).masked_scatter(mask, kept.to(mask.device))
+        rows = keep.any(dim=1)
         if bool(rows.any()):
+            labels = batch["labels"].masked_fill(~keep, -100)
             sampled.append({name: value[rows] for name, value in (batch | {"labels": labels}).items()})
     return sampled
 

@@ -189,8 +189,8 @@ def test_curve_of_steps_equals_separate_passes(pair):
 def test_more_steps_take_longer(pair):
     network, teacher = pair
     found = decode_seconds(network, teacher, make_batches(1, rows=1)[0], (1, 20), 5)
-    assert found[20] > 3 * found[1]
-    assert found["teacher"] > 0
+    assert found[20][1] > 3 * found[1][1]
+    assert min(found["teacher"]) > 0
 
 
 def test_stopwatch_adds_up():

@@ -74,6 +74,21 @@ def test_planted_experts_are_found():
     assert found["weights"]["class"]["code_symbol"]["b"] == pytest.approx(0.81)
 
 
+def test_information_of_the_domain_is_held_against_chance():
+    known, blind = (
+        specialisation(planted(knows), ["prose", "code"], n_resamples=50)["information"]
+        for knows in ("domain", "nothing")
+    )
+    # weights 0.81 and 0.09 change places between two domains of the same size
+    mean, own = np.array([0.45, 0.45, 0.1]), np.array([0.81, 0.09, 0.1])
+    assert known["estimate"] == pytest.approx(
+        (own * np.log(own)).sum() - (mean * np.log(mean)).sum(), abs=1e-6
+    )
+    assert known["p_value"] < 0.01
+    assert known["mean_by_chance"] < known["estimate"] / 5
+    assert blind["estimate"] == pytest.approx(0, abs=1e-12)
+
+
 def test_correlation_tells_what_the_router_knows():
     by_token, by_domain, blind = (
         specialisation(planted(knows), ["prose", "code"], n_resamples=100)["correlation"]

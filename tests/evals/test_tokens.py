@@ -96,6 +96,23 @@ def test_a_sample_is_made_of_whole_documents_and_drops_empty_rows():
     assert int(sum((b["labels"] >= 0).sum() for b in batches)) == len(uid)  # the given batches are untouched
 
 
+def test_of_long_documents_the_first_labels_are_taken():
+    batches = make_batches(4)
+    sample = sample_documents(batches, None, max_per_document=7)
+    uid = torch.cat([b["doc_uid"][b["labels"] >= 0] for b in sample])
+    whole = torch.cat([b["doc_uid"][b["labels"] >= 0] for b in batches])
+    labels, every = (torch.cat([b["labels"][b["labels"] >= 0] for b in some]) for some in (sample, batches))
+    for key in whole.unique():
+        assert torch.equal(labels[uid == key], every[whole == key][:7])
+    few, many = (sample_documents(batches, 30, max_per_document=cap) for cap in (None, 5))
+    documents = [
+        len(torch.cat([b["doc_uid"][b["labels"] >= 0] for b in some]).unique()) for some in (few, many)
+    ]
+    assert documents[0] < documents[1] == 6
+    masked = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches]
+    assert sample_documents(masked, 10) == []
+
+
 @pytest.mark.parametrize("fusion", ["hidden", "prob"])
 def test_table_of_tokens_holds_what_forced_weights_give(fusion, randomise):
     expert = partial(TransformerExpert, num_layers=1, num_heads=2, ffn_dim=20)
