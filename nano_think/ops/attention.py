@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nano_think.ops import attention_cpp
 from nano_think.ops.blocked_attention import BLOCK, blocked_attention
 
 
@@ -26,14 +27,17 @@ def attention(
     be visible by both.
 
     first: (B or 1, L) int64 in place of a mask, for as many queries as keys: query t sees keys first[t] .. t, as
-    `Layout.first` says it of packed documents. Causal attention without a mask goes by blocks on a CPU, where
-    that takes about 0.6 of the time of torch's kernel.
+    `Layout.first` says it of packed documents. Causal attention without a mask goes by tiles or blocks on a CPU:
+    at 512 positions a compiled kernel takes 0.55 (fp32) and 0.25 (bf16) of the time of torch's.
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
     if first is not None and (mask is not None or num_queries != num_keys):
         raise ValueError("first stands in place of a mask and needs as many keys as queries")
-    if mask is None and num_queries == num_keys and (causal or first is not None) and _blocks_pay(q):
-        return blocked_attention(q, k, v, first)
+    if mask is None and num_queries == num_keys and (causal or first is not None):
+        if num_queries >= attention_cpp.TILE and attention_cpp.fits(q, k, v):
+            return attention_cpp.tiled_attention(q, k, v, first)
+        if _blocks_pay(q):
+            return blocked_attention(q, k, v, first)
     if first is not None:
         mask, causal = document_mask(first), False
     square = causal and mask is None and num_queries == num_keys

@@ -10,6 +10,7 @@ import torch
 from nano_think.experts.diffuser import DiffuserExpert
 from nano_think.mla import MultiHeadLatentAttention
 from nano_think.ops import attention as attention_module
+from nano_think.ops import attention_cpp
 from nano_think.ops.layout import Layout
 
 D, LENGTHS, PADS = 32, (150, 1, 120), 17
@@ -50,17 +51,18 @@ def _run(part, layout, half, seed=1):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_fast_path_of_packed_rows_is_the_dense_mask(name, half, tolerance, frozen, parts, monkeypatch):
     part, calls = parts[name].requires_grad_(not frozen), []
-    blocked = attention_module.blocked_attention
-    monkeypatch.setattr(attention_module, "blocked_attention", lambda *a: calls.append(1) or blocked(*a))
-    fast = _run(part, _layout(), half)
+    for where, name_of in ((attention_module, "blocked_attention"), (attention_cpp, "tiled_attention")):
+        fast = getattr(where, name_of)
+        monkeypatch.setattr(where, name_of, lambda *a, fast=fast: calls.append(1) or fast(*a))
+    found = _run(part, _layout(), half)
     assert calls
     part.zero_grad()
     monkeypatch.setattr(Layout, "sight", property(lambda self: (self.mask, None)))
     calls.clear()
     plain = _run(part, _layout(), half)
     assert not calls
-    assert len(fast) == len(plain) > (2 if frozen else 10) - 1
-    for one, two in zip(fast, plain, strict=True):
+    assert len(found) == len(plain) > (2 if frozen else 10) - 1
+    for one, two in zip(found, plain, strict=True):
         assert (one - two).abs().max() <= tolerance * two.abs().max()
 
 
