@@ -203,6 +203,10 @@ def line_chart(
     few = all(np.size(x) <= 30 for x, _ in curves.values())
     _lines(axes, curves, marker=few, markersize=3.5, linewidth=1.3)
     axes.set_xscale(x_scale)
+    places = np.unique(np.concatenate([np.asarray(x, dtype=float) for x, _ in curves.values()]))
+    if x_scale == "log" and len(places) <= 8:
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
     if ticks:
         axes.set_xticks(range(len(ticks)), ticks, rotation=30 if len(ticks) > 6 else 0)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
@@ -260,8 +264,9 @@ def heatmap(
         dark = abs(share - 0.5) > 0.33 if around_zero else share < 0.55
         text = f"{value:.{digits}f}" if np.isfinite(value) else "–"
         axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
-    axes.set(title=title)
-    figure.colorbar(image, ax=axes, label=label)
+    # above the table, as beside the bar a long one would not fit a table of two rows
+    axes.set_title(f"{title}\n{label}" if title else label, fontsize="medium")
+    figure.colorbar(image, ax=axes)
     return _save(figure, path)
 
 

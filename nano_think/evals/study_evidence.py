@@ -6,16 +6,20 @@ from pathlib import Path
 
 from nano_think.evals.report import Report
 from nano_think.evals.study_experts import lengths, spaces, specialisation
-from nano_think.evals.study_parts import denoiser, memory
+from nano_think.evals.study_parts import drafts, infilling, memory, planted, restoration, steps
 from nano_think.evals.study_record import StudyRecord
-from nano_think.evals.study_values import Values, generic, over_seeds
+from nano_think.evals.study_values import Values, as_interval, generic, over_seeds
 
 TITLES = {
     "specialisation": "Do the experts specialise?",
     "spaces": "Do the experts share a space?",
-    "denoiser": "What is denoising good for?",
+    "steps": "What are denoising steps worth?",
+    "restoration": "Does the denoiser denoise?",
+    "drafts": "Can the diffuser draft for the Transformer?",
+    "infilling": "Can the diffuser fill gaps?",
     "lengths": "Longer texts than in training",
     "memory": "Does memory help, and why?",
+    "planted": "Are planted facts recalled?",
 }
 
 
@@ -29,9 +33,13 @@ def evidence(report: Report, record: StudyRecord, folder: Path) -> None:
     drawn = {
         "specialisation": specialisation,
         "spaces": spaces,
-        "denoiser": denoiser,
+        "steps": steps,
+        "restoration": restoration,
+        "drafts": drafts,
+        "infilling": infilling,
         "lengths": lengths,
         "memory": memory,
+        "planted": planted,
     }
     for topic in sorted(found, key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES)):
         by_seed = found[topic]
@@ -57,22 +65,33 @@ def _main(topic: str, value: Values) -> dict[str, str]:
         return worth | follow | {f"oracle gain by {n}": f"oracle/{n}" for n in value["oracle"]}
     if topic == "spaces":
         return {f"adaptor of {e}": f"adaptor_distance/{e}" for e in value["adaptor_distance"]}
-    if topic == "denoiser":
+    if topic == "steps":
+        return {f"loss, K = {entry['steps']}": f"curve/{i}/loss" for i, entry in enumerate(value["curve"])}
+    if topic == "restoration":
+        levels = enumerate(value["levels"])
         return {
-            "tokens accepted, diffuser K=1": "block_drafts/drafters/diffuser K=1/accepted",
-            "teacher's loss": "steps_curve/teacher_loss",
-            **{
-                f"gap filled, {n}": f"infilling/accuracy/{n}"
-                for n in value.get("infilling", {}).get("accuracy", {})
-            },
+            f"error of one pass, noise level {entry['tau']}": f"levels/{i}/error/network"
+            for i, entry in levels
         }
+    if topic == "lengths":
+        return {
+            f"{name}, {entry['length']} tokens": f"models/{name}/{i}/loss"
+            for name, entries in value["models"].items()
+            for i, entry in enumerate(entries)
+        }
+    if topic == "drafts":
+        return {f"tokens accepted, {name}": f"drafters/{name}/accepted" for name in value["drafters"]}
+    if topic == "infilling":
+        return {f"gap filled, {name}": f"accuracy/{name}" for name in value["accuracy"]}
     if topic == "memory":
         return {
-            "real minus none": "R1/differences/real - none",
-            "real minus shuffled": "R1/differences/real - shuffled",
-            "memory helps": "R1/helps",
-            "precision minus base rate": "R2/interval",
-            "reciprocal rank of a known record": "R3/interval",
+            "real minus none": "losses/differences/real - none",
+            "real minus shuffled": "losses/differences/real - shuffled",
+            "memory helps": "losses/helps",
+            "precision minus base rate": "precision/interval",
+            "reciprocal rank of the second half": "known_item/interval",
             "planted facts recalled": "planted/recalls",
         }
-    return {name: name for name in value if not isinstance(value[name], list | dict)}
+    return {
+        name: name for name in value if not isinstance(value[name], list | dict) or as_interval(value[name])
+    }

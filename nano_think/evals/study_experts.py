@@ -18,9 +18,9 @@ def specialisation(report: Report, value: Values, folder: Path) -> None:
     columns = ["all", *domains]
     out = value["knock_out"]
     report.text(
-        f"Over {value['tokens']:,} tokens of {value['documents']:,} documents. An expert is worth the "
-        "loss that its "
-        "removal adds. Weights follow an expert's worth if the correlation of the two over tokens is above 0."
+        f"Over {value['tokens']:,} tokens of {value['documents']:,} documents. An expert is worth the loss "
+        "that its removal adds. Weights follow an expert's worth if the correlation of the two over "
+        "tokens is above 0."
     )
     report.table(
         table(
@@ -117,10 +117,9 @@ def spaces(report: Report, value: Values, folder: Path) -> None:
     names = value["spaces"]
     report.text(
         f"Over {value['tokens']:,} tokens of {value['documents']:,} documents. CKA "
-        f"({value['cka_variant']}) does not "
-        "change when a space is rotated, the cosine does: a high CKA beside a low cosine means the "
-        "same information in "
-        "other coordinates. Linear probes are fitted on half of the documents and tested on the others."
+        f"({value['cka_variant']}) does not change when a space is rotated, the cosine does: a high CKA "
+        "beside a low cosine means the same information in other coordinates. Linear probes are fitted on "
+        "half of the documents and tested on the others."
     )
     distance = value["adaptor_distance"]
     report.table(

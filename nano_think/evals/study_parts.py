@@ -1,4 +1,4 @@
-"""Evidence about the diffuser and about the memory."""
+"""Evidence about the diffuser (steps, restoration, drafts, gaps) and about the memory."""
 
 from __future__ import annotations
 
@@ -12,27 +12,13 @@ from nano_think.evals.report import Report
 from nano_think.evals.study_values import Values, as_interval, generic, number, table
 
 
-def denoiser(report: Report, value: Values, folder: Path) -> None:
-    """What the diffuser's denoising is good for: steps, restoration, drafts, filling gaps."""
-    drawn = {
-        "steps_curve": _steps,
-        "restoration": _restoration,
-        "block_drafts": _drafts,
-        "infilling": _infilling,
-    }
-    for name, part in value.items():
-        if name in drawn:
-            drawn[name](report, part, folder)
-        else:
-            generic(report, part, name.replace("_", " "))
-
-
-def _steps(report: Report, value: Values, folder: Path) -> None:
+def steps(report: Report, value: Values, folder: Path) -> None:
+    """Loss and time by the number of denoising steps, beside the Transformer that was its teacher."""
     curve = value["curve"]
-    steps = [entry["steps"] for entry in curve]
-    loss = {"diffuser": (steps, [number(entry["loss"]["estimate"]) for entry in curve])}
+    counts = [entry["steps"] for entry in curve]
+    loss = {"diffuser": (counts, [number(entry["loss"]["estimate"]) for entry in curve])}
     if (teacher := as_interval(value.get("teacher_loss"))) is not None:
-        loss["Transformer (its teacher)"] = (steps, [teacher.estimate] * len(steps))
+        loss["Transformer (its teacher)"] = (counts, [teacher.estimate] * len(counts))
     path = plots.line_chart(
         folder / "denoising_loss.png",
         loss,
@@ -41,7 +27,7 @@ def _steps(report: Report, value: Values, folder: Path) -> None:
         x_scale="log",
     )
     report.figure(path, "Loss by number of denoising steps.")
-    time = {"noisy passes": (steps, [number(entry["seconds_per_token"]) for entry in curve])}
+    time = {"noisy passes": (counts, [number(entry["seconds_per_token"]) for entry in curve])}
     path = plots.line_chart(
         folder / "denoising_time.png",
         time,
@@ -59,18 +45,19 @@ def _steps(report: Report, value: Values, folder: Path) -> None:
     formats = ["", "", ".4f", "+.4f", "+.4f", ".4f", "", ".3g", ".3g"]
     report.table(table(headers, rows, title, formats))
     report.text(
-        f"Teacher {shown_loss(value.get('teacher_loss'))} nats a token; steps inside the mixture: "
+        f"Teacher {_loss(value.get('teacher_loss'))} nats a token; steps inside the mixture: "
         f"{value.get('fused_steps')}. A gap below the KL is the diffuser's chance in a pool."
     )
 
 
-def shown_loss(value: object) -> str:
+def _loss(value: object) -> str:
     """A loss with its interval, or a dash."""
     interval = as_interval(value)
     return "–" if interval is None else f"{interval:.4f}"
 
 
-def _restoration(report: Report, value: Values, folder: Path) -> None:
+def restoration(report: Report, value: Values, folder: Path) -> None:
+    """How well one pass restores latents of each noise level, beside what needs no network."""
     levels = value["levels"]
     places = [f"{entry['tau']} ({entry['signal_power']:.2f})" for entry in levels]
     for measure, y_label in (
@@ -98,16 +85,21 @@ def _restoration(report: Report, value: Values, folder: Path) -> None:
         )
 
 
-def _drafts(report: Report, value: Values, folder: Path) -> None:
+def drafts(report: Report, value: Values, folder: Path) -> None:
+    """How many tokens of a drafted block the Transformer would accept, by drafter."""
     drafters = value["drafters"]
-    x = np.arange(1, value["block"] + 1)
+    x = np.arange(value["block"])
     for measure, y_label in (
         ("truth", "share equal to the text"),
         ("agreement", "share equal to the Transformer's choice"),
     ):
         curves = {name: (x, [number(v) for v in entry[measure]]) for name, entry in drafters.items()}
         path = plots.line_chart(
-            folder / f"drafts_{measure}.png", curves, x_label="token of the block", y_label=y_label
+            folder / f"drafts_{measure}.png",
+            curves,
+            ticks=[str(place + 1) for place in x],
+            x_label="token of the block",
+            y_label=y_label,
         )
         report.figure(path, f"Drafted blocks: {y_label}.")
     rows = [
@@ -119,7 +111,8 @@ def _drafts(report: Report, value: Values, folder: Path) -> None:
     report.table(table(headers, rows, title, ["", "", ".3f", ".3g"]))
 
 
-def _infilling(report: Report, value: Values, folder: Path) -> None:
+def infilling(report: Report, value: Values, folder: Path) -> None:
+    """Gaps filled from the left alone and from both sides."""
     accuracy = {name: i for name, v in value["accuracy"].items() if (i := as_interval(v))}
     path = plots.interval_bars(folder / "infilling.png", accuracy, y_label="share of gap tokens right")
     report.figure(path, f"Filling gaps of {value['span']} tokens.")
@@ -130,12 +123,13 @@ def _infilling(report: Report, value: Values, folder: Path) -> None:
 
 def memory(report: Report, value: Values, folder: Path) -> None:
     """Does memory help, and because of what it retrieves?"""
-    drawn = {"R1": _memory_losses, "R5": _overlap, "planted": _planted}
+    drawn = {"losses": _memory_losses, "overlap": _overlap, "planted": planted}
     titles = {
-        "R2": "R2: are retrieved records of the same document kind?",
-        "R3": "R3: finding a known record",
-        "R4": "R4: attention that goes to the memory",
-        "cost": "Cost of the memory",
+        "precision": "Are retrieved records of the reader's own domain more often than by chance?",
+        "known_item": "Does the first half of a document find its second half?",
+        "mass": "Attention that goes to the memory",
+        "cost": "What the memory costs",
+        "equal_compute": "Loss and FLOPs a token with memory off and on",
     }
     for name, part in value.items():
         if name in drawn:
@@ -147,22 +141,26 @@ def memory(report: Report, value: Values, folder: Path) -> None:
 def _memory_losses(report: Report, value: Values, folder: Path) -> None:
     report.text(
         "Memory helps only if real records are better than shuffled ones, which have the same slots "
-        "without the fit: "
-        f"here they {'are' if value['helps'] else 'are not'}. {value['seeing']:.1%} of the tokens see "
-        "a record."
+        f"without the fit: here they {'are' if value['helps'] else 'are not'}. {value['seeing']:.1%} of "
+        "the tokens see a record."
     )
     modes = [[name, entry["loss"], entry["tokens"]] for name, entry in value["modes"].items()]
     report.table(
-        table(["memory", "loss (nats/token)", "tokens"], modes, "R1: loss by memory", ["", ".4f", ","])
+        table(
+            ["memory", "loss (nats/token)", "tokens"],
+            modes,
+            "Loss by what the memory shows",
+            ["", ".4f", ","],
+        )
     )
-    _difference_table(report, value, "R1: paired differences (nats/token)")
+    _difference_table(report, value, "Memory: paired differences (nats/token)")
     found = {name: i for name, v in value["differences"].items() if (i := as_interval(v))}
     path = plots.intervals(folder / "memory.png", found, x_label="difference of loss (nats per token)")
     report.figure(path, "Loss with real records against none, shuffled and random ones.")
     if domains := value.get("domains"):
         names = list(next(iter(domains.values())))
         rows = [[domain, *(entry.get(n) for n in names)] for domain, entry in domains.items()]
-        report.table(table(["domain", *names], rows, "R1 by domain (nats/token)"))
+        report.table(table(["domain", *names], rows, "Memory by domain (nats/token)"))
 
 
 def _difference_table(report: Report, value: Values, title: str) -> None:
@@ -176,35 +174,43 @@ def _difference_table(report: Report, value: Values, title: str) -> None:
 
 
 def _overlap(report: Report, value: Values, folder: Path) -> None:
-    buckets = value["buckets"]
-    names = ("real - none", "real - shuffled")
+    buckets, name = value["buckets"], "real - shuffled"
+    shares = [f"{b['low']:g} to {b['high']:g}" if b["high"] else "0" for b in buckets]
     rows = [
-        [f"{b['low']:g} to {b['high']:g}", b["tokens"], b["documents"], *(b.get(n) for n in names)]
-        for b in buckets
+        [share, b["tokens"], b["documents"], b["differences"].get("real - none"), b["differences"].get(name)]
+        for share, b in zip(shares, buckets, strict=True)
     ]
-    title = f"R5: gain by overlap of record and text ({value.get('n', 8)}-grams)"
-    report.table(table(["overlap", "tokens", "documents", *names], rows, title))
-    shown: dict[str, Interval] = {
-        f"{b['low']:g} to {b['high']:g}": i for b in buckets if (i := as_interval(b.get("real - shuffled")))
+    headers = ["share of the chunk that is copied", "tokens", "documents", "real - none", name]
+    title = "Gain by how much of the text its records repeat (nats/token)"
+    report.table(table(headers, rows, title, ["", ",", ",", "", ""]))
+    found: dict[str, Interval] = {
+        share: i
+        for share, b in zip(shares, buckets, strict=True)
+        if (i := as_interval(b["differences"].get(name)))
     }
-    if shown:
+    if found:
         path = plots.intervals(
             folder / "memory_overlap.png",
-            shown,
-            y_label="overlap",
-            x_label="real minus shuffled (nats per token)",
+            found,
+            y_label="share copied",
+            x_label="real minus shuffled records (nats per token)",
         )
         report.figure(path, "Gain of real over shuffled records, by how much of the text they repeat.")
-    copying = "comes from copying repeated text" if value["copying"] else "does not come from copying alone"
-    report.text(f"What memory gains, if anything, {copying}.")
+    report.text(
+        {
+            None: "Real records beat shuffled ones nowhere, so there is no gain to explain.",
+            True: "Real records beat shuffled ones only where there is text to copy.",
+            False: "Real records beat shuffled ones also where there is nothing to copy.",
+        }[value["copying"]]
+    )
 
 
-def _planted(report: Report, value: Values, folder: Path) -> None:
+def planted(report: Report, value: Values, folder: Path) -> None:
+    """Are invented facts recalled from an earlier session?"""
     recalls = "recalls" if value["recalls"] else "does not recall"
     report.text(
         f"{value['facts']:,} invented facts were put into the memory; the mixture {recalls} them. The "
-        "fact's record is "
-        f"among the hits for {value['retrieved']:.1%} of them."
+        f"fact's record is among the hits for {value['retrieved']:.1%} of them."
     )
     modes = [[name, entry["loss"], entry["accuracy"]] for name, entry in value["modes"].items()]
     headers = ["memory", "loss of the fact (nats/token)", "accuracy"]

@@ -23,6 +23,7 @@ from nano_think.evals.study_statistics import (
     StudyStatistics,
     word,
 )
+from nano_think.evals.study_values import shown
 
 DIFFERENCE = "difference (nats/token)"
 HEADERS = [DIFFERENCE, "each seed", "smallest effect claimed", "verdict"]
@@ -135,9 +136,8 @@ def differences(report: Report, stats: StudyStatistics, folder: Path) -> None:
         )
         report.figure(
             path,
-            "Paired differences with 95% intervals over documents and seeds: blue where the mixture "
-            "is better, "
-            "red where it is worse, grey where the interval holds 0. Baselines further off than 1 "
+            "Paired differences with 95% intervals over documents and seeds: blue where the mixture is "
+            "better, red where it is worse, grey where the interval holds 0. Baselines further off than 1 "
             "nat are left out.",
         )
     domains = stats.record.domains
@@ -281,10 +281,10 @@ def router_bounds(report: Report, stats: StudyStatistics, folder: Path) -> None:
             token = stats.difference("oracle_token", "static")
             most = f", an oracle of the token {-token.estimate:.4f}" if token else ""
             report.text(
-                f"How much there was to gain: weights fitted to each domain would bring "
-                f"{-per_domain.estimate:.4f} "
-                f"nats a token over one set of weights ({per_domain.verdict}){most}. "
-                "A router that only tells domains apart cannot bring more than the former."
+                "How much there was to gain: weights fitted to each domain would bring "
+                f"{-per_domain.estimate:.4f} nats a token over one set of weights "
+                f"({per_domain.verdict}){most}. A router that only tells domains apart cannot bring more "
+                "than the former."
             )
 
 
@@ -315,8 +315,8 @@ def gates(report: Report, stats: StudyStatistics) -> None:
     if lost:
         named = f"The gates that failed: {'; '.join(failed)}." if failed else "No gate failed on validation."
         report.text(
-            f"Not won on test, because the upper end of the interval is not below 0: "
-            f"{'; '.join(lost)}. {named}"
+            f"Not won on test, because the upper end of the interval is not below 0: {'; '.join(lost)}. "
+            f"{named}"
         )
     _tries(report, record.facts.get("tries", []), needed=5 if lost else 0)
 
@@ -334,7 +334,7 @@ def _passed(gate: Mapping[str, Any]) -> str:
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+    return ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
 
 
 def _tries(report: Report, tries: list[Mapping[str, Any]], needed: int) -> None:

@@ -55,18 +55,13 @@ def setup(report: Report, stats: StudyStatistics) -> None:
     fused, best = stats.fused, stats.best_expert
     report.text(
         f"The mixture that is compared ({label(stats, fused) if fused else 'none'}) and the best expert "
-        f"({label(stats, best) if best else 'none'}) are those of the lowest loss on validation. A "
-        "loss is nats a token, "
-        "the mean over seeds. Intervals (95%) cover the choice of documents (bootstrap over "
-        "documents, never tokens, "
-        f"{stats.n_resamples:,} resamples, both models of a comparison on the same ones) and the "
-        "choice of seeds "
-        "(Student's t over the seeds). A difference is called better or worse only where its "
-        "interval leaves out 0 "
-        "and it is at least twice the deviation of the baseline over its seeds. Bounds (oracles, "
-        "weights fitted to "
-        "each domain of the test text) see the labels: they are no models, and nothing is claimed "
-        "against them."
+        f"({label(stats, best) if best else 'none'}) are those of the lowest loss on validation. A loss is "
+        "nats a token, the mean over seeds. Intervals (95%) cover the choice of documents (bootstrap over "
+        f"documents, never tokens, {stats.n_resamples:,} resamples, both models of a comparison on the "
+        "same ones) and the choice of seeds (Student's t over the seeds). A difference is called better "
+        "or worse only where its interval leaves out 0 and it is at least twice the deviation of the "
+        "baseline over its seeds. Bounds (oracles that see the labels, weights that know the domain) are "
+        "no models, and nothing is claimed against them."
     )
 
 
@@ -111,8 +106,8 @@ def training(report: Report, stats: StudyStatistics, folder: Path) -> None:
     )  # fmt: skip
     if rows:
         report.text(
-            f"Still falling by more than {PLATEAU} nats an epoch when they ended, so not fully "
-            f"trained: {', '.join(moving)}."
+            f"Still falling by more than {PLATEAU} nats an epoch when they ended, so not fully trained: "
+            f"{', '.join(moving)}."
             if moving
             else f"Every validation curve fell by at most {PLATEAU} nats an epoch at its end: a plateau."
         )
@@ -175,16 +170,15 @@ def change_our_mind(report: Report, stats: StudyStatistics) -> None:
             "better": "we would give the claim up if more seeds or other text moved the upper end above 0 "
             f"(it is {difference.high:+.4f}) or the gain below {least:.4f}",
             "worse": f"we would claim a gain if the upper end, now {difference.high:+.4f}, fell "
-            "below 0: the mixture would "
-            f"have to gain {difference.estimate + least:.4f} nats and more",
+            f"below 0: the mixture would have to gain {difference.estimate + least:.4f} nats and more",
             "not distinguishable": f"we would decide if more seeds or documents moved one end of "
             f"[{difference.low:+.4f}, {difference.high:+.4f}] over 0 and the difference were at least "
             f"{least:.4f}",
         }
         lines.append(f"{text} ({word(difference)}): {turns[difference.verdict]}.")
     lines.append(
-        "Size: everything here holds for the number of parameters and tokens of the set-up. "
-        "A different order at a larger size would change what we recommend, not these figures."
+        "Size: everything here holds for the number of parameters and tokens of the set-up. A different "
+        "order at a larger size would change what we recommend, not these figures."
     )
     lines += [str(line) for line in stats.record.facts.get("change_our_mind", [])]
     report.heading("What would change our mind").text("\n".join(f"- {line}" for line in lines))

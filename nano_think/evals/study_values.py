@@ -98,7 +98,7 @@ def generic(report: Report, value: Any, title: str) -> None:
 
 
 def over_seeds(report: Report, by_seed: Mapping[int, Values], names: Mapping[str, str], title: str) -> None:
-    """Some values of every seed side by side: names[text] is a path of keys joined by "/"."""
+    """Some values of every seed side by side: names[text] is a path of keys and indices joined by "/"."""
     rows = []
     for text, path in names.items():
         values = [_follow(value, path.split("/")) for value in by_seed.values()]
@@ -111,5 +111,8 @@ def over_seeds(report: Report, by_seed: Mapping[int, Values], names: Mapping[str
 
 def _follow(value: Any, path: Sequence[str]) -> Any:
     for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
+        if isinstance(value, list):
+            value = value[int(key)] if int(key) < len(value) else None
+        else:
+            value = value.get(key) if isinstance(value, Mapping) else None
     return value

@@ -16,6 +16,7 @@ DOMAINS = ["code", "general"]
 EFFECTS = {
     "unigram": 2.0,
     "bigram": 1.0,
+    "trigram": 0.9,
     "transformer": 0.0,
     "diffuser": 0.3,
     "state_space": 0.1,
@@ -113,7 +114,7 @@ def make_study(
     **facts: Any,
 ) -> StudyRecord:
     """A record in memory; `effects` change EFFECTS, `facts` replace parts of study.json."""
-    effects = EFFECTS | (effects or {})
+    effects = {key: effect for key, effect in (EFFECTS | (effects or {})).items() if key in MODELS}
     fitted = ["transformer", "diffuser", "state_space", "fused_7b", "equal_parameters"]
     content: dict[str, Any] = {
         "question": "Is a mixture better than one Transformer?",
