@@ -79,13 +79,14 @@ class ExpertLM(nn.Module):
         """The expert's state."""
         return self.expert.init_state(batch, max_len, max_rollback)
 
-    def extend(self, tokens: Tensor, state: State) -> LMOutput:
-        """Read n new tokens (B, n)."""
+    def extend(self, tokens: Tensor, state: State, last_only: bool = False) -> LMOutput:
+        """Read n new tokens (B, n). last_only: logits (B, 1, V) of the last alone."""
         e = self.embedding(tokens)
-        return self._output(e, self.expert.extend(e, state), with_logits=True)
+        return self._output(e, self.expert.extend(e, state), with_logits=True, last_only=last_only)
 
-    def _output(self, e: Tensor, hidden: Tensor, with_logits: bool) -> LMOutput:
-        logits = F.linear(hidden, self.embedding.weight).float() if with_logits else None
+    def _output(self, e: Tensor, hidden: Tensor, with_logits: bool, last_only: bool = False) -> LMOutput:
+        read_out = hidden[:, -1:] if last_only else hidden
+        logits = F.linear(read_out, self.embedding.weight).float() if with_logits else None
         return LMOutput(logits, None, hidden, e, {"expert": hidden})
 
 
@@ -213,8 +214,12 @@ class NanoThink(nn.Module):
         memory: Slots | None = None,
         weights: Tensor | None = None,
         knock_out: Collection[str] = (),
+        last_only: bool = False,
     ) -> LMOutput:
-        """Read n new tokens (B, n); memory.index speaks of these alone. Knocked-out experts keep reading."""
+        """Read n new tokens (B, n); memory.index speaks of these alone. Knocked-out experts keep reading.
+
+        last_only: logits (B, 1, V) and hidden (B, 1, d) of the last token alone.
+        """
         e = self.embedding(tokens)
         context = self.mla.extend(e, state["mla"], memory) if self.mla else e
         routed = self.router.extend(context, state["router"], memory)
@@ -222,7 +227,7 @@ class NanoThink(nn.Module):
             name: expert.extend(self._expert_input(name, tokens, e, context), state[name])
             for name, expert in self._networks()
         }
-        return self._output(context, hidden, self._choose(routed, weights, knock_out), with_logits=True)
+        return self._output(context, hidden, self._choose(routed, weights, knock_out), True, last_only)
 
     def freeze_experts(self) -> None:
         """No gradients and no dropout in the experts and their private tables, whatever `train` says later."""
@@ -245,10 +250,16 @@ class NanoThink(nn.Module):
         return hidden, F.linear(hidden, self.embedding.weight).float()
 
     def _output(
-        self, context: Tensor, hidden: dict[str, Tensor], weights: Tensor, with_logits: bool
+        self,
+        context: Tensor,
+        hidden: dict[str, Tensor],
+        weights: Tensor,
+        with_logits: bool,
+        last_only: bool = False,
     ) -> LMOutput:
         if with_logits:
-            fused, logits = self.fuse(hidden, weights)
+            kept = slice(-1, None) if last_only else slice(None)
+            fused, logits = self.fuse({name: h[:, kept] for name, h in hidden.items()}, weights[:, kept])
             return LMOutput(logits, weights, fused, context, hidden)
         fused = None if self.fusion == "prob" else self.mix(hidden, weights)
         return LMOutput(None, weights, fused, context, hidden)

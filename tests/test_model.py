@@ -139,6 +139,11 @@ class TestExpertLM:
         pieces = [lm.extend(part, state).logits for part in tokens.split([4, 1, 1, 3], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), lm(tokens).logits, **CLOSE)
 
+    def test_logits_of_the_last_token_alone(self):
+        lm, tokens = noisy(ExpertLM((VOCAB, D), parts()["transformer"])).eval(), some_tokens()
+        last = lm.extend(tokens, lm.init_state(2, LENGTH), last_only=True)
+        torch.testing.assert_close(last.logits, lm(tokens).logits[:, -1:], **CLOSE)
+
 
 class TestFusion:
     @pytest.mark.parametrize("fusion", FUSIONS)
@@ -415,6 +420,16 @@ class TestDecoding:
             for name in ("logits", "weights", "context"):
                 got = torch.cat([getattr(o, name) for o in outputs], dim=1)
                 torch.testing.assert_close(got, getattr(full, name), **CLOSE)
+
+    @pytest.mark.parametrize("fusion", ["hidden", "prob"])
+    def test_logits_of_the_last_token_alone(self, fusion):
+        model, tokens = build(audit=True, fusion=fusion), some_tokens()
+        full, state = model(tokens), model.init_state(2, LENGTH)
+        last = model.extend(tokens, state, last_only=True)
+        torch.testing.assert_close(last.logits, full.logits[:, -1:], **CLOSE)
+        torch.testing.assert_close(last.weights, full.weights, **CLOSE)
+        if fusion == "hidden":
+            torch.testing.assert_close(last.hidden, full.hidden[:, -1:], **CLOSE)
 
     def test_random_programs_of_extend_rollback_and_reorder_equal_recomputation(self):
         model, rng = build(audit=True), random.Random(0)

@@ -83,7 +83,7 @@ class DecodeStep(nn.Module):
         if tokens.shape[1] > self.max_len:
             raise ValueError(f"the prompt has {tokens.shape[1]} tokens, there is room for {self.max_len}")
         state = self.model.init_state(self.batch, self.max_len)
-        logits = self.model.extend(tokens, state).logits[:, -1]
+        logits = self.model.extend(tokens, state, last_only=True).logits[:, -1]
         for part in _parts(state):
             if isinstance(part, AppendState):
                 for buffer in part.buffers.values():

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from nano_think.engine import native_sampling, sampling
 from nano_think.engine.native_step import NativeStep, Precision, supports
-from nano_think.engine.sampling import SamplingConfig, row_generators, sample
+from nano_think.engine.sampling import SamplingConfig, row_generators
 from nano_think.ops.native import BuildError
 
 NATIVE_FROM = 64  # new tokens from which a packed copy of the weights pays for itself
@@ -33,7 +34,10 @@ class LanguageModel(Protocol):
         """An empty cache for `batch` rows of at most `max_len` positions."""
 
     def extend(self, tokens: Tensor, state: Any, **options: Any) -> Any:
-        """Read new tokens (B, n): `logits` (B, n, V) and routing `weights` (B, n, N) or None."""
+        """Read new tokens (B, n): `logits` (B, n, V) and routing `weights` (B, n, N) or None.
+
+        Asked for by `last_only`, logits may be those of the last token alone.
+        """
 
     def modules(self) -> Iterator[nn.Module]:
         """As of nn.Module."""
@@ -108,6 +112,7 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, it is {max_new_tokens}")
     generators = row_generators(config.seed, range(batch) if row_ids is None else row_ids)
     rows = _Rows(batch, eos_id, on_token)
+    banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=tokens.device)
     prompt_weights = None
     with _evaluating(model):
         state = model.init_state(batch, prompt_length + room - 1)
@@ -116,21 +121,20 @@ def generate(
             if step == 1 and memory is None and not options:
                 fast = _native_step(model, state, prompt_length + room - 1, batch, room, native, precision)
             if fast is not None:
-                logits = fast.step_rows(tokens[rows.open, 0].tolist(), rows.open)
+                logits = fast.step_rows([rows.tokens[row][-1] for row in rows.open], rows.open)
                 weights = fast.routing
             else:
+                tokens = tokens if step == 0 else rows.last(tokens.device)
                 slots = {} if memory is None else {"memory": memory.step(tokens)}
-                output = model.extend(tokens, state, **(options or {}), **slots)
+                output = model.extend(tokens, state, **(options or {}), **slots, last_only=True)
                 if step == 0:
                     prompt_weights = output.weights
-                logits = output.logits[rows.open, -1]
+                logits = output.logits[rows.open, -1]  # a copy, as the step's are ours to write to
                 weights = None if output.weights is None else output.weights[rows.open, -1]
-            logits = _ban(logits, banned_ids)
-            drawn = sample(logits, config, [generators[row] for row in rows.open])
-            tokens = tokens[:, -1:].index_copy(
-                0, torch.tensor(rows.open, device=tokens.device), drawn.unsqueeze(1)
-            )
-            rows.add(drawn, logits, weights)
+            logits.index_fill_(-1, banned, -math.inf)
+            choose = sampling.choose if fast is None else native_sampling.choose
+            drawn, logprobs = choose(logits, config, [generators[row] for row in rows.open])
+            rows.add(drawn, logprobs, weights)
             if not rows.open:
                 break
     return rows.generation(prompt_weights)
@@ -181,15 +185,16 @@ class _Rows:
         self.logprobs: list[list[float]] = [[] for _ in range(batch)]
         self.weights: list[list[Tensor]] = [[] for _ in range(batch)]
 
-    def add(self, drawn: Tensor, logits: Tensor, weights: Tensor | None) -> None:
-        """Of the n open rows keep drawn (n,), its log-probability under logits (n, V), routing weights (n, N)."""
-        logits = logits.float()
-        chosen = logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-        logprobs = (chosen - logits.logsumexp(dim=-1)).tolist()
+    def last(self, device: torch.device) -> Tensor:
+        """The newest token of every row, (B, 1)."""
+        return torch.tensor([own[-1:] for own in self.tokens], device=device)
+
+    def add(self, drawn: list[int], logprobs: list[float], weights: Tensor | None) -> None:
+        """Of the n open rows keep the drawn tokens, their log-probabilities and routing weights (n, N)."""
         kept: Sequence[Tensor | None] = (
             [None] * len(drawn) if weights is None else list(weights.cpu().clone())
         )
-        for row, token, logprob, own in zip(self.open, drawn.tolist(), logprobs, kept, strict=True):
+        for row, token, logprob, own in zip(self.open, drawn, logprobs, kept, strict=True):
             self.tokens[row].append(token)
             self.logprobs[row].append(logprob)
             if own is not None:
@@ -226,12 +231,6 @@ def _prompt_tensor(
     if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocab_size:
         raise ValueError(f"a prompt token lies outside the vocabulary of {model.vocab_size} tokens")
     return tokens
-
-
-def _ban(logits: Tensor, banned_ids: Sequence[int]) -> Tensor:
-    if not banned_ids:
-        return logits
-    return logits.index_fill(-1, torch.tensor(list(banned_ids), device=logits.device), -math.inf)
 
 
 @contextlib.contextmanager

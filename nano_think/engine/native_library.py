@@ -69,7 +69,16 @@ def load_library() -> ctypes.CDLL:
     library.pack_matrix.argtypes = [ctypes.c_int, _pointer, _number, _number, _pointer, ctypes.c_int]
     library.packed_bytes.argtypes = [ctypes.c_int, _number, _number]
     library.prefer_huge_pages.argtypes = [_pointer, _number]
-    for function in (library.native_step, library.pack_matrix, library.prefer_huge_pages):
+    library.choose_tokens.argtypes = [
+        *(_pointer, _number, _number, _number, ctypes.c_double, _number, ctypes.c_double),
+        *(_pointer, _pointer, _pointer, ctypes.c_int),
+    ]
+    for function in (
+        library.native_step,
+        library.pack_matrix,
+        library.prefer_huge_pages,
+        library.choose_tokens,
+    ):
         function.restype = None
     library.packed_bytes.restype = _number
     return library

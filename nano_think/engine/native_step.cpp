@@ -6,8 +6,9 @@
 //   native_vectors.h   vectors, their functions, threads      native_layers.h  attention, feed-forward, scan
 //   native_products.h  packed matrices times rows             native_model.h   stacks, diffuser, router, head
 //   native_cache.h     keys and values, attention to them
-//   native_worker.h    what Python hands over, buffers
+//   native_worker.h    what Python hands over, buffers  native_choice.h  the next token from its logits
 
+#include "native_choice.h"
 #include "native_model.h"
 
 #if defined(__linux__)
@@ -87,6 +88,16 @@ extern "C" {
 void native_step(const Model* model, int kind, const Rows* rows, float* logits, float* weights, int threads) {
   const auto call = kind == 0 ? step<Kind::fp32> : kind == 1 ? step<Kind::bf16> : step<Kind::int8>;
   call(*model, *rows, logits, weights, threads);
+}
+
+// Tokens and their log-probabilities of `rows` rows of logits (rows, vocab_size), `stride` apart; token -1 where none
+// can be drawn. uniform: a number in [0, 1) a row, null at temperature 0. top_k: 0 for no limit.
+void choose_tokens(const float* logits, int64_t rows, int64_t vocab_size, int64_t stride, double temperature,
+                   int64_t top_k, double top_p, const double* uniform, int64_t* tokens, double* logprobs, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row)
+    tokens[row] = choose(logits + row * stride, vocab_size, temperature, top_k, top_p, uniform ? uniform[row] : 0.0,
+                         logprobs + row);
 }
 
 // Pack a matrix of 64 x panels rows, given by the address of each, null for a row of zeros.

@@ -108,7 +108,7 @@ class NativeStep:
         prompt = torch.as_tensor(tokens)
         rows = prompt if prompt.ndim == 2 else prompt.unsqueeze(0)
         state: Any = self.model.init_state(len(rows), rows.shape[1])
-        output = self.model.extend(rows, state)
+        output = self.model.extend(rows, state, last_only=True)
         self.load(state)
         assert output.logits is not None
         return output.logits[:, -1] if prompt.ndim == 2 else output.logits[0, -1]

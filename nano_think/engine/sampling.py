@@ -66,12 +66,17 @@ def row_generators(seed: int, rows: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
 
 
+def uniforms(generators: Sequence[torch.Generator]) -> Tensor:
+    """The next number of every stream, (B,) fp64 in [0, 1)."""
+    return torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+
+
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """One token id (B,) a row from softmax(logits), logits (B, V), by inversion of the distribution function.
 
     Each row takes one uniform number of its own generator, so its draws do not depend on the other rows.
     """
-    uniform = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])
+    uniform = uniforms(generators).unsqueeze(1)
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
     # The sum of probabilities is 1 up to rounding; a target equal to it would point behind the last token.
@@ -86,9 +91,23 @@ def sample(logits: Tensor, config: SamplingConfig, generators: Sequence[torch.Ge
     return draw(warp(logits, config), generators)
 
 
+def choose(
+    logits: Tensor, config: SamplingConfig, generators: Sequence[torch.Generator]
+) -> tuple[list[int], list[float]]:
+    """Next token ids for the logits (B, V), and the log-probability of each before temperature and limits."""
+    drawn, logits = sample(logits, config, generators), logits.float()
+    chosen = logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+    return drawn.tolist(), (chosen - logits.logsumexp(dim=-1)).tolist()
+
+
+def require_drawable(drawable: bool) -> None:
+    """Raises ValueError unless a token can be drawn."""
+    if not drawable:
+        raise ValueError("no token can be drawn: the logits of a row are not finite or all tokens are banned")
+
+
 def _best(logits: Tensor) -> Any:
     """Values and indices (..., 1) of the largest logits, the first of equal ones; ValueError if not finite."""
     best = logits.max(dim=-1, keepdim=True)
-    if not best.values.isfinite().all():
-        raise ValueError("no token can be drawn: the logits of a row are not finite or all tokens are banned")
+    require_drawable(bool(best.values.isfinite().all()))
     return best

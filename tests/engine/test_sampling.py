@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from nano_think.engine import sampling
 from nano_think.engine.sampling import SamplingConfig, draw, row_generators, sample, warp
 
 
@@ -124,9 +125,8 @@ def test_streams_of_neighbouring_seeds_and_rows_differ() -> None:
 def test_extreme_uniform_numbers_point_at_possible_tokens(monkeypatch) -> None:
     logits = torch.tensor([[-math.inf, 0.0, 0.0, 0.0, -math.inf]])
     for value, expected in [(0.0, 1), (1 - 2**-53, 3)]:
-        monkeypatch.setattr(
-            torch, "rand", lambda *a, v=value, **k: torch.full((1, 1), v, dtype=torch.float64)
-        )
+        number = torch.tensor([value], dtype=torch.float64)
+        monkeypatch.setattr(sampling, "uniforms", lambda generators, number=number: number)
         assert draw(logits, row_generators(0, [0])).item() == expected
 
 
