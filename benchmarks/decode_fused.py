@@ -1,7 +1,12 @@
 """Decoding with all experts: the fused native step beside the sum of its parts, measured in the same run.
 
 A part is what a step costs with it less what it costs without: a model without layers is the head, the same behind
-an MLA is MLA, router and head, an expert alone less the head is its body.
+an MLA is MLA, router and head, an expert alone less the head is its body. Each runs alone, again and again, and so
+keeps what of its weights the caches hold.
+
+The same parts in turn, one step of each a token, find the caches as they find them in the fused step: full of the
+weights of the others. There the bodies have a head of a few rows, and their calls, which the fused step saves, are
+taken off: those of as many models without layers.
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ from nano_think.ops.native import BuildError, find_compiler
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "bf16": 5e-2, "int8": 1e-1}
 PARTS = ("transformer", "diffuser", "state_space")
 HEAD, FRONT = "head alone", "MLA, router and head"
+IN_TURN, CALLS = "parts in turn", "calls of empty models"
+NO_HEAD = 16  # rows of a head that costs nothing
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,9 @@ class Job:
             "state_space": StateSpaceExpert(d, third, 2 * d, dropout=0.0),
         }
 
-    def model(self, name: str) -> ExpertLM | NanoThink:
+    def model(self, name: str, vocab_size: int | None = None) -> ExpertLM | NanoThink:
         """`fused`, one of PARTS, HEAD or FRONT, of fresh weights in which no path is zero."""
+        vocab_size = vocab_size or self.vocab_size
         nothing = TransformerExpert(self.d_model, 0, self.num_heads, dropout=0.0)
         mla = partial(MultiHeadLatentAttention, num_heads=self.num_heads)
         with torch.random.fork_rng(devices=[]):
@@ -58,10 +66,10 @@ class Job:
             made: ExpertLM | NanoThink
             if name in ("fused", FRONT):
                 experts = self.experts() if name == "fused" else {"nothing": nothing}
-                made = NanoThink(experts, self.vocab_size, self.d_model, mla=mla)
+                made = NanoThink(experts, vocab_size, self.d_model, mla=mla)
             else:
                 expert = nothing if name == HEAD else self.experts()[name]
-                made = ExpertLM((self.vocab_size, self.d_model), expert)
+                made = ExpertLM((vocab_size, self.d_model), expert)
             live, _ = live_copy(made)
         assert isinstance(live, ExpertLM | NanoThink)
         return live
@@ -95,7 +103,13 @@ def group(options: Options) -> Group:
             whole = {"peers": peers, "check": check} if name == "fused" else {}
             setup = partial(native, job, name, precision)
             cases.append(Case(f"{name} {precision}", setup=setup, tokens=job.new, **whole))
+        for name, setup in (
+            (IN_TURN, partial(in_turn, job, precision)),
+            (CALLS, partial(calls, job, precision)),
+        ):
+            cases.append(Case(f"{name} {precision}", setup=setup, tokens=job.new))
         derived[f"fused {precision}: step over the sum of its parts"] = partial(over_sum, precision=precision)
+        derived[f"fused {precision}: step over its parts in turn"] = partial(over_turn, precision=precision)
     return Group(title, cases, (), ("Every step gives the logits of the whole vocabulary.",), derived)
 
 
@@ -107,6 +121,45 @@ def over_sum(measured: Measured, precision: Precision) -> float:
         return seconds[f"fused {precision}"] / (bodies + seconds[f"{FRONT} {precision}"])
 
     return measured.over_rounds(figure)
+
+
+def over_turn(measured: Measured, precision: Precision) -> float:
+    """Median over the rounds."""
+
+    def figure(seconds: Mapping[str, float]) -> float:
+        parts = seconds[f"{IN_TURN} {precision}"] - seconds[f"{CALLS} {precision}"]
+        return seconds[f"fused {precision}"] / parts
+
+    return measured.over_rounds(figure)
+
+
+def in_turn(job: Job, precision: Precision) -> Callable[[], object]:
+    """As `native`, one step of every body and then of MLA, router and head for each token."""
+    names = ((FRONT, job.vocab_size), *((name, NO_HEAD) for name in PARTS))
+    steps = [NativeStep(job.model(*name), precision, max_len=job.prompt + job.new) for name in names]
+    tokens = job.tokens(job.new)[0].tolist()
+
+    def work() -> None:
+        for step in steps:
+            step.position = job.prompt
+        for token in tokens:
+            for step, (_, vocab_size) in zip(steps, names, strict=True):
+                step.step(token % vocab_size)
+
+    return work
+
+
+def calls(job: Job, precision: Precision) -> Callable[[], object]:
+    """As `native`, of models without layers and with hardly a head, one for each of PARTS."""
+    step = NativeStep(job.model(HEAD, NO_HEAD), precision, max_len=job.prompt + job.new)
+
+    def work() -> None:
+        for position in range(job.prompt, job.prompt + job.new):
+            for _ in PARTS:
+                step.position = position
+                step.step(0)
+
+    return work
 
 
 def native(job: Job, name: str, precision: Precision) -> Callable[[], object]:
