@@ -183,6 +183,49 @@ def chunk_records(
 
 
 @torch.no_grad()
+def token_records(
+    encoder: ChunkEncoder,
+    tokens: Tensor,
+    layout: Layout | None = None,
+    *,
+    span: int = 4,
+    doc_uid: Tensor | None = None,
+    cluster: Tensor | None = None,
+    domain: Tensor | None = None,
+    **meta: Any,
+) -> Records:
+    """A record for every token (B, L) that another follows: the last `span` tokens, and the embedding of the next.
+
+    The memory of a kNN-LM (arXiv 1911.00172) with the keys of a bag of words. A record answers the reader whose
+    last tokens are alike, so it is for granularity "token". doc_uid, cluster, domain, meta: as in `chunk_records`.
+    """
+    layout = Layout.of(tokens, layout)
+    segments = layout.segments.expand_as(tokens)
+    positions = layout.positions.expand_as(tokens)
+    followed = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] >= 0)
+    rows, last = followed.nonzero(as_tuple=True)
+    begin = last - positions[rows, last].clamp_max(span - 1)
+    columns = begin.unsqueeze(1) + torch.arange(span, device=tokens.device)
+    inside = columns <= last.unsqueeze(1)
+    windows = tokens[rows.unsqueeze(1), columns.clamp_max(tokens.shape[1] - 1)].masked_fill(~inside, -1)
+    keys = encoder.encode(windows)
+    keep = keys.any(1)
+    rows, last, begin = rows[keep], last[keep], begin[keep]
+    columns_of: dict[str, Any] = {
+        "chunk": positions[rows, last],
+        "token_offset": positions[rows, begin],
+        "tokens": windows[keep],
+    }
+    for name, column in (("doc_uid", doc_uid), ("cluster", cluster)):
+        if column is not None:
+            columns_of[name] = column[rows, last]
+    if domain is not None:
+        columns_of["domain"] = domain[rows]
+    values = encoder.table[tokens[rows, last + 1].to(encoder.table.device)]
+    return Records(keys[keep], values, columns_of | meta)
+
+
+@torch.no_grad()
 def seed_records(hidden: Tensor, valid: Tensor) -> Records:
     """Seed-literal records: the normalised fused output of every token as its own key and value.
 

@@ -136,8 +136,8 @@ class Retriever:
         encoder: makes the queries; its fingerprint must be that of the store's keys.
         chunk: m, tokens between two refreshes.
         k: neighbours of a query; 0 switches memory off.
-        granularity: "chunk", "prompt", "token" (one search a token: slow) or "sequence" (leaky), see
-            `Granularity.named`.
+        granularity: "chunk", "prompt", "token" (one search a token: slow; for a store of `token_records`, whose
+            span is `chunk`) or "sequence" (leaky), see `Granularity.named`.
         write_on_read: `retrieve` stores the chunks that it has read, as the plan's forward pass does, so that
             whoever reads the text again finds what comes next. Leaky: for analysis alone.
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nano_think.chunks import ChunkEncoder, chunk_index, chunk_records, complete_chunks, seed_records
+from nano_think.chunks import (
+    ChunkEncoder,
+    chunk_index,
+    chunk_records,
+    complete_chunks,
+    seed_records,
+    token_records,
+)
 from nano_think.ops.layout import Layout
 from nano_think.vector_records import Reader
 from nano_think.vector_store import VectorStore
@@ -198,3 +205,31 @@ def test_seed_records_are_normalised_outputs():
     expected = torch.stack([hidden[0, 0], *hidden[1]])
     torch.testing.assert_close(records.keys, expected / expected.norm(dim=1, keepdim=True))
     assert torch.equal(records.keys, records.values)
+
+
+def test_token_records_equal_a_loop_over_documents(encoder):
+    layout, tokens = packed([[3, 1, 6], [9]], 11), random_tokens(2, 11, seed=5)
+    uid = torch.arange(22).view(2, 11) // 5
+    records = token_records(
+        encoder, tokens, layout, span=3, doc_uid=uid, domain=torch.tensor([4, 2]), split="test"
+    )
+    expected: dict[str, list] = {name: [] for name in ("tokens", "offset", "uid", "domain", "next")}
+    for row, lengths in enumerate([[3, 1, 6], [9]]):
+        start = 0
+        for length in lengths:
+            for last in range(length - 1):
+                begin = max(0, last - 2)
+                window = tokens[row, start + begin : start + last + 1].tolist()
+                expected["tokens"].append(window + [-1] * (3 - len(window)))
+                expected["offset"].append(begin)
+                expected["uid"].append(int(uid[row, start + last]))
+                expected["domain"].append([4, 2][row])
+                expected["next"].append(int(tokens[row, start + last + 1]))
+            start += length
+    assert records.meta["tokens"].tolist() == expected["tokens"]
+    assert records.meta["token_offset"].tolist() == expected["offset"]
+    assert records.meta["doc_uid"].tolist() == expected["uid"]
+    assert records.meta["domain"].tolist() == expected["domain"]
+    assert records.meta["split"] == "test"
+    torch.testing.assert_close(records.keys, encoder.encode(torch.tensor(expected["tokens"])))
+    assert torch.equal(records.values, encoder.table[torch.tensor(expected["next"])])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_tensors, save_tensors
-from nano_think.chunks import ChunkEncoder, chunk_records, complete_chunks
+from nano_think.chunks import ChunkEncoder, chunk_records, complete_chunks, token_records
 from nano_think.errors import UserError
 from nano_think.files import write_json
 from nano_think.model import NanoThink
@@ -65,7 +65,7 @@ def build_memory(
     retrieval: Mapping[str, Any],
     store: Mapping[str, Any],
 ) -> Memory:
-    """Fill a store with what `model` says after each chunk of `batches` (text that its readers never train on).
+    """Fill a store with `batches` (text that its readers never train on), see `write`.
 
     The encoder is fitted on the same text and frozen with the table as it is now.
     """
@@ -77,18 +77,35 @@ def build_memory(
         [complete_chunks(b["tokens"], Layout(b["positions"], b["segments"]), chunk).tokens for b in batches]
     )
     encoder = ChunkEncoder.fit(model.embedding.weight, counts, samples)
-    memory = VectorStore(
-        model.embedding.embedding_dim, chunk=chunk, fingerprint=encoder.fingerprint(), **store
-    )
+    # the same few tokens go on in many ways in one document, and each way is worth keeping
+    kept: dict[str, Any] = {"near_duplicate": None} if retrieval.get("granularity") == "token" else {}
+    made = {"chunk": chunk, "fingerprint": encoder.fingerprint(), **kept, **store}
+    memory = Memory.over(VectorStore(model.embedding.embedding_dim, **made), encoder, retrieval, {})
     for batch in batches:
-        layout = Layout(batch["positions"], batch["segments"])
-        hidden = fused_hidden(model, batch["tokens"], layout)
         ids = {name: batch[name] for name in ("doc_uid", "cluster", "domain")}
-        records = chunk_records(encoder, batch["tokens"], hidden, layout, chunk=chunk, split=SPLIT, **ids)
-        memory.add(records.keys, records.values, **records.meta)
-    memory.publish()
-    figures = {"records": len(memory), "tokens": len(tokens), "chunk": chunk, "index": memory.settings()}
-    return Memory.over(memory, encoder, retrieval, figures)
+        layout = Layout(batch["positions"], batch["segments"])
+        write(memory, model, batch["tokens"], layout, split=SPLIT, **ids)
+    memory.store.publish()
+    figures = {"records": len(memory.store), "tokens": len(tokens), "chunk": chunk}
+    return replace(memory, figures={**figures, "index": memory.store.settings()})
+
+
+@torch.no_grad()
+def write(memory: Memory, model: NanoThink, tokens: Tensor, layout: Layout | None = None, **meta: Any) -> int:
+    """Store what may be learnt of tokens (B, L), in the records that the memory is asked for; returns how many.
+
+    A memory asked at every token keeps every token, any other the complete chunks that something follows, whose
+    value is what `model` says of that. meta: see `chunk_records`.
+    """
+    retriever = memory.retriever
+    if retriever.granularity == "token":
+        records = token_records(memory.encoder, tokens, layout, span=retriever.chunk, **meta)
+    else:
+        hidden = fused_hidden(model, tokens, layout)
+        records = chunk_records(memory.encoder, tokens, hidden, layout, chunk=retriever.chunk, **meta)
+    if len(records.keys):
+        memory.store.add(records.keys, records.values, **records.meta)
+    return len(records.keys)
 
 
 def fused_hidden(model: NanoThink, tokens: Tensor, layout: Layout | None = None) -> Tensor:

@@ -12,8 +12,7 @@ from typing import Any, TextIO
 import torch
 
 from nano_think.artifacts.checkpoint import Checkpoint
-from nano_think.artifacts.memory import Memory, fused_hidden, load_memory, save_memory
-from nano_think.chunks import chunk_records
+from nano_think.artifacts.memory import SPLIT, Memory, load_memory, save_memory, write
 from nano_think.engine.generate import Generation, generate
 from nano_think.engine.quantized import generate_quantized
 from nano_think.engine.render import TokenPrinter, token_records
@@ -90,21 +89,14 @@ class Session:
         return count
 
 
-@torch.no_grad()
 def remember(memory: Memory, model: NanoThink, tokens: list[int], session: int) -> int:
     """Write a finished sequence into a session of the store, for its later sequences alone.
 
-    Returns the number of records: complete chunks that something follows.
+    Returns the number of records, see `artifacts.memory.write`.
     """
-    ids = torch.tensor([tokens])
-    hidden = fused_hidden(model, ids)
-    records = chunk_records(
-        memory.encoder, ids, hidden, chunk=memory.retriever.chunk, session=session, split="expert_train"
-    )
-    if len(records.keys):
-        memory.store.add(records.keys, records.values, **records.meta)
+    count = write(memory, model, torch.tensor([tokens]), session=session, split=SPLIT)
     memory.store.publish()
-    return len(records.keys)
+    return count
 
 
 def continue_text(

@@ -150,3 +150,25 @@ def test_slots_of_a_batch_never_come_from_its_own_documents(memory, rows):
                 found = memory.store.lookup(ids[ids >= 0])["doc_uid"].tolist()
                 assert not set(readers) & set(found)
     assert any(bool((memory.slots(row).hits.ids >= 0).any()) for row in rows)
+
+
+def test_a_memory_asked_at_every_token_finds_what_came_next_elsewhere(network, rows):
+    memory = build_memory(network, rows, {"k": 2, "chunk": 3, "granularity": "token"}, STORE)
+    followed = sum(int(((row["labels"] >= 0) & (row["segments"] >= 0)).sum()) for row in rows)
+    # the last column of a row has a label and no next token in the batch
+    assert 0.9 * followed < len(memory.store) == memory.figures["records"] <= followed
+    stored = memory.store.columns
+    batch = rows[0]
+    slots = memory.slots(batch)
+    for b, t in [(0, 5), (1, 17), (2, 30)]:
+        group = int(slots.index[b, t])
+        hits, valid = slots.hits.ids[b, group], slots.valid[b, group]
+        # never of the reader's own document, and the value is the embedding of a token of the table
+        assert valid.any()
+        assert not (stored["doc_uid"][hits[valid]] == int(batch["doc_uid"][b, t])).any()
+        same = slots.values[b, group][valid].unsqueeze(1) == memory.encoder.table
+        assert same.all(-1).any(-1).all()
+    one = batch["tokens"].clone()
+    one[:, 20:] = 7
+    changed = memory.slots({**batch, "tokens": one})
+    assert torch.equal(slots.hits.ids[:, :15], changed.hits.ids[:, :15])
