@@ -5,41 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 
 from nano_think.evals.report import Report
-from nano_think.evals.study_experts import lengths, spaces, specialisation
-from nano_think.evals.study_parts import drafts, infilling, memory, planted, restoration, steps
+from nano_think.evals.study_experts import calibration, lengths, routing, spaces, specialisation
+from nano_think.evals.study_parts import denoiser, memory
 from nano_think.evals.study_record import StudyRecord
 from nano_think.evals.study_values import Values, as_interval, generic, over_seeds
 
 TITLES = {
     "specialisation": "Do the experts specialise?",
+    "routing": "Does the router's trust depend on the domain?",
+    "calibration": "Do the models know what they know?",
     "spaces": "Do the experts share a space?",
-    "steps": "What are denoising steps worth?",
-    "restoration": "Does the denoiser denoise?",
-    "drafts": "Can the diffuser draft for the Transformer?",
-    "infilling": "Can the diffuser fill gaps?",
+    "denoiser": "What is denoising good for?",
     "lengths": "Longer texts than in training",
     "memory": "Does memory help, and why?",
-    "planted": "Are planted facts recalled?",
 }
 
 
 def evidence(report: Report, record: StudyRecord, folder: Path) -> None:
-    """One section a topic, in the order of TITLES, then any other; details of the first seed, main "
-    "figures of all."""
+    """A section a topic, those of TITLES first: details of the first seed, main figures of all."""
     found: dict[str, dict[int, Values]] = {}
     for seed, facts in record.seeds.items():
         for topic, value in facts.get("evidence", {}).items():
             found.setdefault(topic, {})[seed] = value
     drawn = {
         "specialisation": specialisation,
+        "routing": routing,
+        "calibration": calibration,
         "spaces": spaces,
-        "steps": steps,
-        "restoration": restoration,
-        "drafts": drafts,
-        "infilling": infilling,
+        "denoiser": denoiser,
         "lengths": lengths,
         "memory": memory,
-        "planted": planted,
     }
     for topic in sorted(found, key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES)):
         by_seed = found[topic]
@@ -48,9 +43,9 @@ def evidence(report: Report, record: StudyRecord, folder: Path) -> None:
         report.text(
             f"Measured under seed {', '.join(map(str, by_seed))}; tables and figures show seed {seed}."
         )
-        if topic in drawn:
+        if topic in drawn and "reason" not in value:
             drawn[topic](report, value, folder)
-        else:
+        else:  # a topic of its own, or the reason why there is nothing to show
             generic(report, value, topic.replace("_", " "))
         over_seeds(report, by_seed, _main(topic, value), "The main figures of every seed")
 
@@ -63,35 +58,40 @@ def _main(topic: str, value: Values) -> dict[str, str]:
             f"weight and worth of {e}, correlation": f"correlation/{e}/knock_out" for e in value["experts"]
         }
         return worth | follow | {f"oracle gain by {n}": f"oracle/{n}" for n in value["oracle"]}
+    if topic == "calibration":
+        return {}
     if topic == "spaces":
         return {f"adaptor of {e}": f"adaptor_distance/{e}" for e in value["adaptor_distance"]}
-    if topic == "steps":
-        return {f"loss, K = {entry['steps']}": f"curve/{i}/loss" for i, entry in enumerate(value["curve"])}
-    if topic == "restoration":
-        levels = enumerate(value["levels"])
-        return {
-            f"error of one pass, noise level {entry['tau']}": f"levels/{i}/error/network"
-            for i, entry in levels
-        }
-    if topic == "lengths":
+    if topic == "denoiser":
+        return _main_denoiser(value)
+    if topic == "lengths" and "models" in value:
         return {
             f"{name}, {entry['length']} tokens": f"models/{name}/{i}/loss"
             for name, entries in value["models"].items()
             for i, entry in enumerate(entries)
         }
-    if topic == "drafts":
-        return {f"tokens accepted, {name}": f"drafters/{name}/accepted" for name in value["drafters"]}
-    if topic == "infilling":
-        return {f"gap filled, {name}": f"accuracy/{name}" for name in value["accuracy"]}
     if topic == "memory":
         return {
-            "real minus none": "losses/differences/real - none",
-            "real minus shuffled": "losses/differences/real - shuffled",
-            "memory helps": "losses/helps",
-            "precision minus base rate": "precision/interval",
-            "reciprocal rank of the second half": "known_item/interval",
+            "real minus none": "R1/differences/real - none",
+            "real minus shuffled": "R1/differences/real - shuffled",
+            "memory helps": "R1/helps",
+            "precision minus base rate": "R2/interval",
+            "reciprocal rank of the second half": "R3/interval",
             "planted facts recalled": "planted/recalls",
         }
     return {
         name: name for name in value if not isinstance(value[name], list | dict) or as_interval(value[name])
     }
+
+
+def _main_denoiser(value: Values) -> dict[str, str]:
+    paths = {}
+    for i, entry in enumerate(value.get("steps_curve", {}).get("curve", [])):
+        paths[f"loss, K = {entry['steps']}"] = f"steps_curve/curve/{i}/loss"
+    for i, entry in enumerate(value.get("restoration", {}).get("levels", [])):
+        paths[f"error of one pass, noise level {entry['tau']}"] = f"restoration/levels/{i}/error/network"
+    for name in value.get("block_drafts", {}).get("drafters", {}):
+        paths[f"tokens accepted, {name}"] = f"block_drafts/drafters/{name}/accepted"
+    for name in value.get("infilling", {}).get("accuracy", {}):
+        paths[f"gap filled, {name}"] = f"infilling/accuracy/{name}"
+    return paths

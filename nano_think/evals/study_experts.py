@@ -8,6 +8,7 @@ import numpy as np
 
 from nano_think.evals import plots
 from nano_think.evals.bootstrap import Interval
+from nano_think.evals.gates import SIGNIFICANT
 from nano_think.evals.report import Report
 from nano_think.evals.study_values import Values, as_interval, matrix, number, table
 
@@ -109,6 +110,32 @@ def _classes(report: Report, value: Values, experts: list[str], classes: list[st
             ["", *[".1%"] * len(experts)],
         )
     )
+
+
+def routing(report: Report, value: Values, folder: Path) -> None:
+    """Whether the weights of 7b, where only the router has learned, depend on the domain beyond chance."""
+    interval, p_value = as_interval(value.get("interval")), number(value.get("p_value"))
+    depends = "depends" if p_value < SIGNIFICANT else "does not measurably depend"
+    information = "–" if interval is None else f"{interval:.4f} nats"
+    report.text(
+        f"Which expert the router (7b) trusts {depends} on the domain: I(domain; expert) is {information}, "
+        f"p = {p_value:.3g} against labels permuted over documents. Such an information is biased upwards, "
+        "so p decides."
+    )
+
+
+def calibration(report: Report, value: Values, folder: Path) -> None:
+    """Expected calibration errors, and how the experts' losses go together token by token."""
+    rows = list(value.get("ece", {}).items())
+    title = "Expected calibration error (share of probability)"
+    report.table(table(["model", "ECE"], rows, title, ["", ".4f"]))
+    if errors := value.get("error_correlation"):
+        names = errors["names"]
+        path = plots.heatmap(
+            folder / "token_losses.png", [[number(v) for v in row] for row in errors["matrix"]], names, names,
+            label="correlation of losses over tokens",
+        )  # fmt: skip
+        report.figure(path, f"How alike the experts' losses are over {errors['count']:,} tokens.")
 
 
 def spaces(report: Report, value: Values, folder: Path) -> None:

@@ -12,7 +12,24 @@ from nano_think.evals.report import Report
 from nano_think.evals.study_values import Values, as_interval, generic, number, table
 
 
-def steps(report: Report, value: Values, folder: Path) -> None:
+def denoiser(report: Report, value: Values, folder: Path) -> None:
+    """What the diffuser's denoising is good for: steps, restoration, drafts, gaps."""
+    drawn = {
+        "steps_curve": ("What are more steps worth?", _steps),
+        "restoration": ("Does it denoise?", _restoration),
+        "block_drafts": ("Can it draft for the Transformer?", _drafts),
+        "infilling": ("Can it fill gaps?", _infilling),
+    }
+    for name, part in value.items():
+        if name in drawn:
+            title, draw = drawn[name]
+            report.heading(title, 3)
+            draw(report, part, folder)
+        else:
+            generic(report, part, name.replace("_", " "))
+
+
+def _steps(report: Report, value: Values, folder: Path) -> None:
     """Loss and time by the number of denoising steps, beside the Transformer that was its teacher."""
     curve = value["curve"]
     counts = [entry["steps"] for entry in curve]
@@ -56,7 +73,7 @@ def _loss(value: object) -> str:
     return "–" if interval is None else f"{interval:.4f}"
 
 
-def restoration(report: Report, value: Values, folder: Path) -> None:
+def _restoration(report: Report, value: Values, folder: Path) -> None:
     """How well one pass restores latents of each noise level, beside what needs no network."""
     levels = value["levels"]
     places = [f"{entry['tau']} ({entry['signal_power']:.2f})" for entry in levels]
@@ -85,7 +102,7 @@ def restoration(report: Report, value: Values, folder: Path) -> None:
         )
 
 
-def drafts(report: Report, value: Values, folder: Path) -> None:
+def _drafts(report: Report, value: Values, folder: Path) -> None:
     """How many tokens of a drafted block the Transformer would accept, by drafter."""
     drafters = value["drafters"]
     x = np.arange(value["block"])
@@ -111,7 +128,7 @@ def drafts(report: Report, value: Values, folder: Path) -> None:
     report.table(table(headers, rows, title, ["", "", ".3f", ".3g"]))
 
 
-def infilling(report: Report, value: Values, folder: Path) -> None:
+def _infilling(report: Report, value: Values, folder: Path) -> None:
     """Gaps filled from the left alone and from both sides."""
     accuracy = {name: i for name, v in value["accuracy"].items() if (i := as_interval(v))}
     path = plots.interval_bars(folder / "infilling.png", accuracy, y_label="share of gap tokens right")
@@ -123,13 +140,12 @@ def infilling(report: Report, value: Values, folder: Path) -> None:
 
 def memory(report: Report, value: Values, folder: Path) -> None:
     """Does memory help, and because of what it retrieves?"""
-    drawn = {"losses": _memory_losses, "overlap": _overlap, "planted": planted}
+    drawn = {"R1": _memory_losses, "R5": _overlap, "planted": _planted}
     titles = {
-        "precision": "Are retrieved records of the reader's own domain more often than by chance?",
-        "known_item": "Does the first half of a document find its second half?",
-        "mass": "Attention that goes to the memory",
+        "R2": "Are retrieved records of the reader's own domain more often than by chance?",
+        "R3": "Does the first half of a document find its second half?",
+        "R4": "Attention that goes to the memory",
         "cost": "What the memory costs",
-        "equal_compute": "Loss and FLOPs a token with memory off and on",
     }
     for name, part in value.items():
         if name in drawn:
@@ -205,7 +221,7 @@ def _overlap(report: Report, value: Values, folder: Path) -> None:
     )
 
 
-def planted(report: Report, value: Values, folder: Path) -> None:
+def _planted(report: Report, value: Values, folder: Path) -> None:
     """Are invented facts recalled from an earlier session?"""
     recalls = "recalls" if value["recalls"] else "does not recall"
     report.text(

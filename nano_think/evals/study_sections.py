@@ -15,6 +15,7 @@ from nano_think.evals import plots
 from nano_think.evals.bootstrap import Interval
 from nano_think.evals.report import Report
 from nano_think.evals.seeds import SeedDifference
+from nano_think.evals.study_record import MODELS
 from nano_think.evals.study_statistics import (
     EXPERTS,
     RIVALS,
@@ -31,7 +32,7 @@ HEADERS = [DIFFERENCE, "each seed", "smallest effect claimed", "verdict"]
 
 def label(stats: StudyStatistics, key: str) -> str:
     """How the report calls a model."""
-    return str(stats.record.models.get(key, {}).get("label", key))
+    return str(stats.record.models.get(key, {}).get("label", key.replace("_", " ")))
 
 
 def per_seed(difference: SeedDifference) -> str:
@@ -61,15 +62,14 @@ def sentence(difference: SeedDifference | None, model: str, baseline: str) -> st
 def main_table(report: Report, stats: StudyStatistics, folder: Path) -> None:
     """Cost and test losses of every model, then bits a byte by domain."""
     record = stats.record
-    seeds = record.seeds.values()
     rows, domain_rows, bars = [], [], {}
     for key, facts in record.models.items():
-        errors = [s["ece"][key] for s in seeds if s.get("ece", {}).get(key) is not None]
+        errors = [e[key] for s in record.seeds.values() if (e := _calibration(s)).get(key) is not None]
         validation = stats.validation(key)
         rows.append(
             [
                 label(stats, key),
-                facts.get("baseline"),
+                MODELS[key],
                 facts.get("parameters"),
                 facts.get("training_flops"),
                 facts.get("inference_flops_per_token"),
@@ -105,6 +105,11 @@ def main_table(report: Report, stats: StudyStatistics, folder: Path) -> None:
     if bars:
         path = plots.domain_bars(folder / "domains.png", bars, y_label="bits per byte")
         report.figure(path, "Bits per byte by domain, with 95% intervals over documents and seeds.")
+
+
+def _calibration(seed: Mapping[str, Any]) -> Mapping[str, float]:
+    """ECE by model of one seed, where it was measured."""
+    return seed.get("ece") or seed.get("evidence", {}).get("calibration", {}).get("ece", {})
 
 
 def _shown(stats: StudyStatistics) -> list[str | None]:
@@ -230,9 +235,32 @@ def stage_gains(report: Report, stats: StudyStatistics, folder: Path) -> None:
     )
     for stage in stats.stages():
         report.text(_stage_sentence(stats, stage))
+    _static(report, stats)
     if bars:
         path = plots.interval_bars(folder / "stages.png", bars, y_label="change of loss (nats per token)")
         report.figure(path, "Gain of each stage over the one before it, 95% intervals; below 0 is a gain.")
+
+
+def _static(report: Report, stats: StudyStatistics) -> None:
+    """The constant weights of 7a, and whether an expert's gap is below its mean KL, so that it can help."""
+    seeds = stats.record.seeds
+    fitted = {
+        seed: facts["static"] for seed, facts in seeds.items() if facts.get("static", {}).get("weights")
+    }
+    if not fitted:
+        return
+    first = next(iter(fitted.values()))
+    rows = [
+        [name, *(fit["weights"].get(name) for fit in fitted.values()), first.get("gap", {}).get(name),
+         first.get("mean_kl", {}).get(name)]
+        for name in first["weights"]
+    ]  # fmt: skip
+    report.table(
+        ["expert", *(f"weight, seed {seed}" for seed in fitted), "gap to the best expert", "mean KL from it"],
+        rows,
+        formats=["", *[".3f"] * len(fitted), ".4f", ".4f"],
+        title="Constant weights (7a); an expert can help where its gap is below the KL (first seed, nats/token)",
+    )
 
 
 def _stage_sentence(stats: StudyStatistics, stage: Stage) -> str:

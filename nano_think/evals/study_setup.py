@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from nano_think.evals import plots
 from nano_think.evals.report import Report
+from nano_think.evals.study_record import MODELS
 from nano_think.evals.study_sections import headline, label
 from nano_think.evals.study_statistics import RIVALS, StudyStatistics, word
 
-# nats a token and epoch: a curve that still falls faster was stopped before its end
+# share of the loss by which a curve may fall an epoch at its end; one that falls faster was stopped too early
 PLATEAU = 0.01
 
 
@@ -46,7 +47,7 @@ def setup(report: Report, stats: StudyStatistics) -> None:
     rows = list(settings_rows(record.facts.get("settings", {})))
     report.table(["setting", "value"], rows, align=["l", "l"], title="Settings")
     models = [
-        [label(stats, key), facts.get("baseline"), facts.get("description"), facts.get("trained_parameters")]
+        [label(stats, key), MODELS[key], facts.get("description"), facts.get("trained_parameters")]
         for key, facts in record.models.items()
     ]
     report.table(
@@ -69,27 +70,11 @@ def training(report: Report, stats: StudyStatistics, folder: Path) -> None:
     """Tuning trials of every family, where each fit stopped and whether it had ended, and the curves."""
     record = stats.record
     if tuning := record.facts.get("tuning"):
-        rows = [
-            [*map(t.get, ("family", "lr", "dropout", "weight_decay", "tokens", "val_loss")),
-             "chosen" if t.get("chosen") else ""]
-            for t in tuning
-        ]  # fmt: skip
-        counts = {
-            str(t.get("family")): sum(o.get("family") == t.get("family") for o in tuning) for t in tuning
-        }
-        trials = ", ".join(f"{family} {count}" for family, count in counts.items())
-        report.text(f"Tuning trials a family: {trials}.")
-        report.table(
-            ["family", "learning rate", "dropout", "weight decay", "tokens", "validation loss", ""],
-            rows,
-            formats=["", "g", "g", "g", ",", ".4f", ""],
-            title="Tuning record",
-        )
+        _tuning(report, tuning)
     rows, moving = [], []
-    for key in record.models:
+    keys = {key for facts in record.seeds.values() for key in facts.get("fits", {})}
+    for key in (*(key for key in record.models if key in keys), *sorted(keys - set(record.models))):
         fits = [facts["fits"][key] for facts in record.seeds.values() if key in facts.get("fits", {})]
-        if not fits:
-            continue
         fall = _mean(fits, "fall_per_epoch")
         if fall is not None and fall > PLATEAU:
             moving.append(label(stats, key))
@@ -101,17 +86,32 @@ def training(report: Report, stats: StudyStatistics, folder: Path) -> None:
         ["model", "steps", "tokens", "epochs", "best step", "validation loss", "fall an epoch at the end",
          "learning rate", "seeds"],
         rows,
-        formats=["", ",.0f", ",.0f", ".2f", ",.0f", ".4f", ".4f", "g", ""],
+        formats=["", ",.0f", ",.0f", ".2f", ",.0f", ".4f", ".2%", "g", ""],
         title="Where each fit stood at its end, mean over seeds",
     )  # fmt: skip
     if rows:
         report.text(
-            f"Still falling by more than {PLATEAU} nats an epoch when they ended, so not fully trained: "
+            f"Still falling by more than {PLATEAU:.0%} an epoch when they ended, so not fully trained: "
             f"{', '.join(moving)}."
             if moving
-            else f"Every validation curve fell by at most {PLATEAU} nats an epoch at its end: a plateau."
+            else f"Every validation curve fell by at most {PLATEAU:.0%} an epoch at its end: a plateau."
         )
     _curves(report, stats, folder)
+
+
+def _tuning(report: Report, trials: Sequence[Mapping[str, Any]]) -> None:
+    """Every trial with whatever settings were tried."""
+    families = [str(trial.get("family")) for trial in trials]
+    counts = ", ".join(f"{family} {families.count(family)}" for family in dict.fromkeys(families))
+    report.text(f"Tuning trials a family: {counts}.")
+    names = list(dict.fromkeys(name for trial in trials for name in trial if name != "chosen"))
+    formats = {"family": "", "tokens": ",", "val_loss": ".4f"}
+    report.table(
+        [*(name.replace("_", " ") for name in names), "chosen"],
+        [[*map(trial.get, names), "chosen" if trial.get("chosen") else ""] for trial in trials],
+        formats=[*(formats.get(name, "g") for name in names), ""],
+        title="Tuning record",
+    )
 
 
 def _mean(fits: list[Mapping[str, Any]], name: str) -> float | None:
@@ -190,13 +190,22 @@ def provenance(report: Report, stats: StudyStatistics) -> None:
     report.heading("How to repeat it")
     commands = "\n".join(map(str, facts.get("commands", []))) or "no commands were recorded"
     report.text(f"```\n{commands}\n```")
+    versions = facts.get("versions", {})
     rows: list[list[Any]] = [
-        ["commit", facts.get("commit")],
-        ["leak audit", facts.get("audit")],
+        ["leak audit", facts.get("audit", "not recorded")],
         ["reads of the test split", str(facts.get("test_reads", "not recorded"))],
         ["hash of all inputs", f"`{record.digest()}`"],
-        *settings_rows(facts.get("machine", {}), "machine."),
+        *settings_rows({"commit": facts.get("commit"), "machine": facts.get("machine"), **versions}),
     ]
     report.table(["what", "value"], rows, align=["l", "l"])
+    commands_of = {
+        label(stats, key): fit["command"]
+        for seed in record.seeds.values()
+        for key, fit in seed.get("fits", {}).items()
+        if fit.get("command")
+    }
+    if commands_of:
+        rows = [[name, f"`{command}`"] for name, command in commands_of.items()]
+        report.table(["fit", "command"], rows, title="The command of each fit, last seed")
     hashes = [[name, f"`{value}`"] for name, value in sorted(record.hashes.items())]
     report.table(["input", "SHA-256"], hashes, align=["l", "l"], title="Inputs of this report")

@@ -70,7 +70,6 @@ def study_losses(split: str, seed: int, effects: dict[str, float], noise: float)
 def model_facts(index: int, key: str) -> dict[str, Any]:
     return {
         "label": key.replace("_", " "),
-        "baseline": MODELS[key],
         "description": f"what {key} is",
         "parameters": 1_000_000 + 1000 * index,
         "trained_parameters": 1000 * index,
@@ -82,16 +81,25 @@ def model_facts(index: int, key: str) -> dict[str, Any]:
 def seed_facts(seed: int, keys: list[str]) -> dict[str, Any]:
     history = [[step, 8.0 - step / 1000 + 0.01 * seed] for step in (100, 200, 300)]
     fit = {"steps": 300, "tokens": 600_000, "epochs": 4.0, "best_step": 300, "val_loss": history[-1][1]}
-    fits = {key: fit | {"history": history, "fall_per_epoch": 0.004, "lr": 0.002} for key in keys}
+    fits = {
+        key: fit
+        | {"command": f"train {key} seed={seed}"}
+        | {"history": history, "fall_per_epoch": 0.004, "lr": 0.002}
+        for key in keys
+    }
     return {
         "fits": fits,
-        "static": {"weights": {"transformer": 0.6, "diffuser": 0.1, "state_space": 0.3}},
+        "static": {
+            "weights": {"transformer": 0.6, "diffuser": 0.1 * seed, "state_space": 0.3},
+            "gap": {"transformer": 0.0, "diffuser": 0.4, "state_space": 0.1},
+            "mean_kl": {"transformer": 0.0, "diffuser": 0.3, "state_space": 0.2},
+        },
         "gates": [
             {
                 "name": "G5",
                 "question": "Does the router beat static weights?",
                 "passed": True,
-                "figures": {"gain": 0.05},
+                "figures": {"gain": 0.05, "by": {"a": 1}},
                 "reason": "0.05 nats",
             },
             {
@@ -115,12 +123,13 @@ def make_study(
 ) -> StudyRecord:
     """A record in memory; `effects` change EFFECTS, `facts` replace parts of study.json."""
     effects = {key: effect for key, effect in (EFFECTS | (effects or {})).items() if key in MODELS}
-    fitted = ["transformer", "diffuser", "state_space", "fused_7b", "equal_parameters"]
+    fitted = ["transformer", "diffuser", "state_space", "fused_7b", "equal_parameters", "seed_pool_1"]
     content: dict[str, Any] = {
         "question": "Is a mixture better than one Transformer?",
         "commands": ["make study DATA=corpus"],
         "settings": {"size": "study", "seeds": list(seeds)},
-        "machine": {"cpu": "two cores"},
+        "machine": "two cores",
+        "versions": {"python": "3.11", "packages": {"torch": "2.9"}},
         "commit": "0123abc",
         "data": {
             "corpus_hash": "c0ffee",
@@ -132,9 +141,8 @@ def make_study(
         },
         "models": {key: model_facts(index, key) for index, key in enumerate(MODELS)},
         "tuning": [
-            {"family": "transformer", "lr": lr, "dropout": 0.1, "weight_decay": 0.1, "tokens": 100_000,
-             "val_loss": 5 + lr, "chosen": lr == 0.001}
-            for lr in (0.001, 0.003)
+            {"family": "transformer", "rate": 0.001, "tokens": 100_000, "val_loss": 5.0012, "chosen": True},
+            {"family": "transformer", "rate": 0.003, "tokens": 100_000, "val_loss": 5.003, "chosen": False},
         ],
         "seeds": {str(seed): seed_facts(seed, fitted) for seed in seeds},
         "tries": [],

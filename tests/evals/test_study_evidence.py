@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from nano_think.evals import plots
+from nano_think.evals.bootstrap import Interval
+from nano_think.evals.correlation import token_correlation
 from nano_think.evals.denoiser import restoration, steps_curve
 from nano_think.evals.drafting import block_drafts, infilling
 from nano_think.evals.lengths import length_curve
@@ -68,7 +70,7 @@ def difference(estimate, verdict, documents=40):
 
 
 MEMORY = {
-    "losses": {
+    "R1": {
         "modes": {name: {"loss": 4.0 + i / 10, "bits_per_byte": 1.5, "tokens": 1000, "documents": 40}
                   for i, name in enumerate(("none", "real", "shuffled", "random"))},
         "differences": {"real - none": difference(-0.02, "not distinguishable"),
@@ -79,11 +81,11 @@ MEMORY = {
         "domains": {"code": {"real - none": difference(-0.1234, "better"), "real - shuffled": difference(0, "x")}},
         "seeing": 0.625,
     },
-    "precision": {"k": 2, "queries": 50, "precision": 0.7, "base_rate": 0.5, "lift": 1.4,
+    "R2": {"k": 2, "queries": 50, "precision": 0.7, "base_rate": 0.5, "lift": 1.4,
                   "interval": difference(0.2, "x"), "domains": {"code": {"queries": 50, "precision": 0.7}}},
-    "known_item": {"queries": 0},
-    "mass": {"slots": None, "null": None, "tokens": 0, "heads": []},
-    "overlap": {
+    "R3": {"queries": 0},
+    "R4": {"slots": None, "null": None, "tokens": 0, "heads": []},
+    "R5": {
         "buckets": [{"low": 0.0, "high": high, "tokens": 10, "documents": 4,
                      "differences": {"real - none": difference(-0.1, "better"),
                                      "real - shuffled": difference(-high, "better")}}
@@ -114,21 +116,33 @@ def found(randomise):
     def targets(batch):
         return network.embedding(batch["tokens"]).detach(), batch["labels"] >= 0
 
+    denoising = {
+        "steps_curve": steps_curve(
+            network, teacher, batches(), steps=(1, 2), decode_tokens=1, n_resamples=20
+        ),
+        "restoration": restoration(network, targets, batches(), levels=(2, 10, 20)),
+        "block_drafts": block_drafts(
+            network, teacher, texts[:, :14], counts, block=4, steps=(1, 2), n_resamples=20
+        ),
+        "infilling": infilling(network, teacher, texts, counts, right=6, span=4, steps=(1,), n_resamples=20),
+        "more": {"x": 1.5},
+    }
+    losses = {name: lambda batch, i=i: batch["labels"] * 0.1 + i for i, name in enumerate("ab")}
     return plain(
         {
+            "calibration": {
+                "ece": {"bigram": 0.0123},
+                "error_correlation": token_correlation(losses, batches()),
+            },
+            "routing": {"information": 0.2, "interval": Interval(0.2, 0.1, 0.3, 9), "p_value": 0.005},
             "specialisation": specialisation(tokens_of(["transformer", "diffuser"]), DOMAINS, n_resamples=20),
             "spaces": shared_spaces(model, batches(), np.arange(VOCAB) % 4, DOMAINS, n_resamples=20),
-            "steps": steps_curve(network, teacher, batches(), steps=(1, 2), decode_tokens=1, n_resamples=20),
-            "restoration": restoration(network, targets, batches(), levels=(2, 10, 20)),
-            "drafts": block_drafts(
-                network, teacher, texts[:, :14], counts, block=4, steps=(1, 2), n_resamples=20
-            ),
-            "infilling": infilling(network, teacher, texts, counts, right=6, span=4, steps=(1,), n_resamples=20),
+            "denoiser": denoising,
             "lengths": length_curve({"transformer": teacher}, batches(), (5, 10, 20), n_resamples=20),
             "memory": MEMORY,
             "own_topic": {"score": 0.123456, "list": [{"a": 1, "b": 2.5}, {"a": 2}]},
         }
-    )  # fmt: skip
+    )
 
 
 def figures_with(monkeypatch):
@@ -155,11 +169,13 @@ def test_every_topic_is_a_section_with_its_figures(make_study, found, tmp_path, 
     text = report.markdown(tmp_path)
     titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert titles == [title for topic, title in TITLES.items() if topic in found] + ["Own topic"]
-    assert text.count("The main figures of every seed") == len(titles)
+    assert (
+        text.count("The main figures of every seed") == len(titles) - 1
+    )  # calibration is in the table of losses
     assert len(drawn) == len(set(drawn)) == text.count("](<")
     expected = "knock_out weights_by_domain weights_by_class weights_by_position error_correlation oracle"
     expected += " cka_with_adaptors denoising_loss restoration_error drafts_agreement infilling length_loss"
-    expected += " length_cut memory memory_overlap planted"
+    expected += " length_cut memory memory_overlap planted token_losses"
     assert {f"{name}.png" for name in expected.split()} <= set(drawn)
 
 
@@ -186,26 +202,30 @@ def test_numbers_of_the_evidence_are_in_its_tables(make_study, found, tmp_path, 
                 assert all(f"{value:.3f}" in text for value in row.values() if value is not None)
         for row in spaces[part]["r2"].values():
             assert all(f"{as_interval(value):.3f}" in text for value in row.values())
-    for entry in found["steps"]["curve"]:
+    for entry in found["denoiser"]["steps_curve"]["curve"]:
         assert f"{as_interval(entry['loss']):.4f}" in text
         assert f"{entry['kl']:.4f}" in text
-    for level in found["restoration"]["levels"]:
+    for level in found["denoiser"]["restoration"]["levels"]:
         assert all(
             f"{value:.3f}" in text for value in [*level["error"].values(), *level["agreement"].values()]
         )
-    for drafter in found["drafts"]["drafters"].values():
+    for drafter in found["denoiser"]["block_drafts"]["drafters"].values():
         assert f"{as_interval(drafter['accepted']):.3f}" in text
-    for value in found["infilling"]["accuracy"].values():
+    for value in found["denoiser"]["infilling"]["accuracy"].values():
         assert f"{as_interval(value):.3f}" in text
     for entries in found["lengths"]["models"].values():
         assert all(f"{as_interval(entry['loss']):.4f}" in text for entry in entries)
         assert all(f"{as_interval(b['minus_cut']):+.4f}" in text for b in entries[-1]["buckets"])
-    for value in memory["losses"]["differences"].values():
+    for value in memory["R1"]["differences"].values():
         assert f"{as_interval(value):+.4f} | {value['verdict']}" in text
     assert "here they are. 62.5% of the tokens see a record." in text
     assert "| code | -0.1234 [-0.1734, -0.0734], better |" in text
     assert "beat shuffled ones nowhere" in text
     assert "does not recall" in text
+    assert (
+        "trusts depends on the domain: I(domain; expert) is 0.2000 [0.1000, 0.3000] nats, p = 0.005" in text
+    )
+    assert "| bigram | 0.0123 |" in text
     assert "own topic: list" in text
     assert "0.1235" in text
 
@@ -217,12 +237,25 @@ def test_what_memory_gains_is_said_by_its_verdict(make_study, tmp_path, monkeypa
         (True, False, ("here they are.", "also where there is nothing to copy")),
     ):
         record = make_study(seeds=(1,))
-        losses = MEMORY["losses"] | {"helps": helps}
-        overlap = MEMORY["overlap"] | {"copying": copying}
-        record.facts["seeds"]["1"]["evidence"] = {"memory": {"losses": losses, "overlap": overlap}}
+        losses = MEMORY["R1"] | {"helps": helps}
+        overlap = MEMORY["R5"] | {"copying": copying}
+        record.facts["seeds"]["1"]["evidence"] = {"memory": {"R1": losses, "R5": overlap}}
         report = Report("T")
         evidence(report, record, tmp_path)
         assert all(word in report.markdown(tmp_path) for word in words)
+
+
+def test_a_topic_that_could_not_be_measured_gives_its_reason(make_study, tmp_path):
+    record = make_study(seeds=(1,))
+    record.facts["seeds"]["1"]["evidence"] = {
+        "lengths": {"reason": "the documents are too short"},
+        "routing": {"information": 0.001, "interval": None, "p_value": 0.4},
+    }
+    report = Report("T")
+    evidence(report, record, tmp_path)
+    text = report.markdown(tmp_path)
+    assert "the documents are too short" in text
+    assert "does not measurably depend on the domain" in text
 
 
 def test_values_are_shown_with_four_digits():

@@ -113,6 +113,14 @@ class Recomputed:
             verdict = "better" if estimate < 0 else "worse"
         return estimate, low, high, per_seed, least, verdict
 
+    def static(self):
+        """Expert -> weights of 7a seed by seed, then its gap and mean KL under the first seed."""
+        fits = [facts["static"] for facts in self.facts["seeds"].values()]
+        return {
+            name: [*(fit["weights"][name] for fit in fits), fits[0]["gap"][name], fits[0]["mean_kl"][name]]
+            for name in fits[0]["weights"]
+        }
+
     def validation(self, model):
         seeds = self.seeds(model, split="val")
         values = [self.nll(model, s, "val").sum() / self.files["val", s]["num_tokens"].sum() for s in seeds]
@@ -167,8 +175,12 @@ def drawn(request, make_study, tmp_path_factory):
     return folder, Recomputed(folder), tables((folder / "report.md").read_text())
 
 
+def calibration(seed):
+    return seed.get("ece") or seed["evidence"].get("calibration", {}).get("ece", {})
+
+
 def label(plain, key):
-    return plain.facts["models"][key]["label"]
+    return plain.facts["models"].get(key, {"label": key.replace("_", " ")})["label"]
 
 
 def named(plain, rows, column=0):
@@ -183,7 +195,7 @@ def test_every_loss_with_its_interval(drawn):
     assert list(rows) == [key for key in MODELS if key in plain.facts["models"]]
     for key, row in rows.items():
         facts = plain.facts["models"][key]
-        assert row[1] == facts["baseline"]
+        assert row[1] == MODELS[key]
         for cell, name in zip(
             row[2:5], ("parameters", "training_flops", "inference_flops_per_token"), strict=True
         ):
@@ -194,7 +206,7 @@ def test_every_loss_with_its_interval(drawn):
         ):
             value = plain.loss(key, **how)
             assert agree(cell, value and value[:3]), (key, how, cell, value)
-        errors = [s["ece"][key] for s in plain.facts["seeds"].values() if key in s.get("ece", {})]
+        errors = [one[key] for one in map(calibration, plain.facts["seeds"].values()) if key in one]
         assert agree(row[9], [np.mean(errors)] if errors else None)
         assert int(row[10]) == len(plain.seeds(key))
     for key, row in named(plain, found["Bits a byte by domain, test"]).items():
@@ -270,18 +282,31 @@ def test_every_fact_of_the_set_up_and_training(drawn):
             if not isinstance(value, dict | list):
                 assert (f"{value:,}" if isinstance(value, int) else str(value)) in shown
     for key, row in named(plain, found["Models"]).items():
-        assert row[1:3] == [facts["models"][key]["baseline"], facts["models"][key]["description"]]
-        assert agree(row[3], [facts["models"][key]["trained_parameters"]], step=0.1)
-    for trial, row in zip(facts["tuning"], found["Tuning record"][1:], strict=True):
-        assert row[0] == trial["family"]
-        for cell, name in zip(row[1:5], ("lr", "dropout", "weight_decay", "tokens"), strict=True):
-            assert agree(cell, [trial[name]], step=None)
-        assert agree(row[5], [trial["val_loss"]])
-        assert (row[6] == "chosen") == trial["chosen"]
-    for key, row in named(plain, found["Where each fit stood at its end, mean over seeds"]).items():
-        fits = [s["fits"][key] for s in seeds if key in s["fits"]]
+        assert row[1:3] == [MODELS[key], facts["models"][key]["description"]]
+        assert agree(row[3], [facts["models"][key].get("trained_parameters")], step=0.1)
+    names, *trials = found["Tuning record"]
+    for trial, row in zip(facts["tuning"], trials, strict=True):
+        assert names == [*(name.replace("_", " ") for name in trial if name != "chosen"), "chosen"]
+        for cell, (name, value) in zip(
+            row[:-1], ((n, v) for n, v in trial.items() if n != "chosen"), strict=True
+        ):
+            assert cell == value if isinstance(value, str) else agree(cell, [value], step=None), name
+        assert (row[-1] == "chosen") == trial["chosen"]
+    for key, fits in plain.static().items():
+        (row,) = (
+            row for row in found[next(t for t in found if t.startswith("Constant weights"))] if row[0] == key
+        )
+        for cell, value in zip(row[1:], fits, strict=True):
+            assert agree(cell, [value], step=6e-4)
+    rows = {
+        row[0].replace(" ", "_"): row for row in found["Where each fit stood at its end, mean over seeds"][1:]
+    }
+    keys = {key: label(plain, key).replace(" ", "_") for s in seeds for key in s["fits"]}
+    assert sorted(keys.values()) == sorted(rows)
+    for key, shown in keys.items():
+        row, fits = rows[shown], [s["fits"][key] for s in seeds if key in s["fits"]]
         names = ("steps", "tokens", "epochs", "best_step", "val_loss", "fall_per_epoch", "lr")
-        steps = (0.51, 0.51, 0.0051, 0.51, 1.01e-4, 1.01e-4, None)
+        steps = (0.51, 0.51, 0.0051, 0.51, 1.01e-4, 5.1e-5, None)
         for cell, name, step in zip(row[1:8], names, steps, strict=True):
             assert agree(cell, [np.mean([fit[name] for fit in fits])], step=step), (key, name)
         assert int(row[8]) == len(fits)
