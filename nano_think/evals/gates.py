@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nano_think.evals.bootstrap import RESOLUTION
+
 # how far below the bigram a Transformer must be, and how near to it a state-space expert, nats a token
 BIGRAM_MARGIN = 0.2
 NEAR = 0.15
@@ -135,14 +137,15 @@ def static_gain_gate(
 ) -> Gate:
     """G4: static weights gain over the best expert, by `least` standard errors over documents or more.
 
-    Without such a gain the experts know the same, and no router can help: the line stops here.
+    Without such a gain the experts know the same, and no router can help: the line stops here. Equal experts gain
+    by rounding, surely and nothing: less than RESOLUTION is no gain.
     """
     figures = {"gain": gain, "standard_error": standard_error, "least": least}
     question = "Do static weights beat the best expert beyond doubt?"
     if gain is None or standard_error is None or not _known(gain, standard_error):
         return _gate("G4 static gain", question, figures, [(None, "gain or standard error is not known")])
     said = f"gain {gain:.4f} nats a token, {least:g} standard errors are {least * standard_error:.4f}"
-    passed = gain > 0 and gain >= least * standard_error
+    passed = gain >= max(RESOLUTION, least * standard_error)
     return _gate("G4 static gain", question, figures, [(passed, said)])
 
 

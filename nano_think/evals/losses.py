@@ -85,6 +85,13 @@ class DocumentLosses:
         return np.ones(len(self), dtype=bool) if domain is None else self.domain == domain
 
     @classmethod
+    def from_tokens(
+        cls, uid: NDArray, domain: NDArray, nll: NDArray, num_bytes: NDArray, num_domains: int
+    ) -> DocumentLosses:
+        """Losses of scored tokens (T,) in nats, summed by their documents (T,)."""
+        return _add_up(num_domains, uid, domain, nll, np.ones(len(uid)), num_bytes)
+
+    @classmethod
     def concatenate(cls, parts: Sequence[DocumentLosses]) -> DocumentLosses:
         """All documents of the parts; fragments of one document in several parts are added up."""
         if not parts:
@@ -159,7 +166,7 @@ def evaluate_models(
             if nll.shape != labels.shape:
                 raise ValueError(f"{name} gave losses of shape {tuple(nll.shape)}, not {labels.shape}.")
             values = nll.double().cpu().numpy()[scored]
-            parts[name].append(_add_up(num_domains, uid, domain, values, np.ones(len(uid)), num_bytes))
+            parts[name].append(DocumentLosses.from_tokens(uid, domain, values, num_bytes, num_domains))
         if len(next(iter(parts.values()), [])) >= _MERGE_EVERY:
             parts = {name: [DocumentLosses.concatenate(some)] for name, some in parts.items()}
     if models and not next(iter(parts.values())):

@@ -1,4 +1,4 @@
-"""Bounds on what routing could gain: the best expert a token, a document or a domain, and weights a domain.
+"""Bounds on what routing could gain: the best expert a token, a document or a domain, and constant weights.
 
 The best expert of a token or document is picked by the very loss it is judged by; no router reaches it. A domain's
 expert and weights are chosen on other text than they are applied to, as a router that knew every domain would.
@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nano_think.evals.bootstrap import Difference, paired_difference
 from nano_think.evals.losses import DocumentLosses
 from nano_think.evals.pools import ExpertOutputs
-from nano_think.ops.pooling import Space, fit_static_weights
+from nano_think.ops.cross_entropy import linear_cross_entropy
+from nano_think.ops.pooling import Space, StaticFit, fit_static_weights
 
 
 def best_per_document(losses: Mapping[str, DocumentLosses]) -> DocumentLosses:
@@ -89,6 +91,31 @@ def static_per_domain(outputs: ExpertOutputs, num_domains: int, space: Space = "
     parts = [outputs.only(outputs.domain == domain) for domain in range(num_domains)]
     parts = [part if len(part.labels) else outputs for part in parts]
     return torch.stack([fit_static_weights(p.hidden, p.heads, p.labels, space).weights for p in parts])
+
+
+@torch.no_grad()
+def static_losses(
+    outputs: ExpertOutputs, fitted: StaticFit, space: Space, byte_lengths: ArrayLike, num_domains: int
+) -> tuple[DocumentLosses, dict[str, DocumentLosses]]:
+    """Losses by document of the pool that was fitted on `outputs`, and of each expert alone, on the same tokens.
+
+    byte_lengths: (V,) bytes of each token id.
+    """
+    if space == "prob":
+        pooled = -(fitted.weights.log() - fitted.token_nll).logsumexp(dim=-1)
+    else:
+        head = outputs.heads if isinstance(outputs.heads, Tensor) else outputs.heads[0]
+        pairs = zip(fitted.weights.tolist(), outputs.hidden.values(), strict=True)
+        mixed = torch.stack([weight * hidden for weight, hidden in pairs]).sum(0)
+        pooled = linear_cross_entropy(mixed, head, outputs.labels)
+    uid, domain, labels = (v.cpu().numpy() for v in (outputs.doc_uid, outputs.domain, outputs.labels))
+
+    def by_document(nll: Tensor) -> DocumentLosses:
+        values = nll.double().cpu().numpy()
+        return DocumentLosses.from_tokens(uid, domain, values, np.asarray(byte_lengths)[labels], num_domains)
+
+    alone = zip(outputs.hidden, fitted.token_nll.T, strict=True)
+    return by_document(pooled), {name: by_document(nll) for name, nll in alone}
 
 
 def _first(losses: Mapping[str, DocumentLosses]) -> DocumentLosses:

@@ -48,11 +48,15 @@ def diversity(logits: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StaticFit:
-    """Best constant weights (N,), their loss, each expert's loss (N,) and the loss after every step, nats."""
+    """Best constant weights (N,), their loss, each expert's loss (N,) and the loss after every step, nats.
+
+    token_nll: (T, N) loss of each labelled token by each expert, fp64 on the CPU.
+    """
 
     weights: Tensor
     nll: float
     nll_per_expert: Tensor
+    token_nll: Tensor
     history: list[float] = field(default_factory=list)
 
 
@@ -112,7 +116,7 @@ def fit_static_weights(
         ]
     for problem in problems:
         weights, history = _newton(problem, weights, floor, steps)
-    return StaticFit(weights, history[-1], nll.mean(dim=0), history)
+    return StaticFit(weights, history[-1], nll.mean(dim=0), nll, history)
 
 
 @torch.no_grad()

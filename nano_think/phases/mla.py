@@ -30,6 +30,7 @@ from nano_think.phases.data import shards_maker
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.fit import Fit
 from nano_think.phases.run import Maker, Run
+from nano_think.phases.stage_gates import CAUSES, Judge, gain_in_words, pass_gates
 from nano_think.retrieval import leaky_settings
 
 if TYPE_CHECKING:
@@ -157,13 +158,14 @@ def _static(run: Run, maker: Maker, fit: Fit, path: Path) -> dict[str, Any]:
     fit.seed_everything()
     model, spec = _assemble(maker, experts)
     model.eval()
-    sample = _sample(model, fit.data(), maker.spec["static_tokens"])
+    data, tokenizer = fit.data(), fit.tokenizer()
+    sample = _sample(model, data, maker.spec["static_tokens"])
     hidden, heads, labels = sample.hidden, sample.heads, sample.labels
     space = "prob" if model.fusion == "prob" else "hidden"
     fitted = fit_static_weights(hidden, heads, labels, space=space)
     useful = usefulness(hidden, heads, labels)
     model.router.set_static(fitted.weights)
-    save_fused(path, spec, model, fit.tokenizer(), run.cfg.size.seq_len)
+    save_fused(path, spec, model, tokenizer, run.cfg.size.seq_len)
     result = {
         "weights": dict(zip(hidden, fitted.weights.tolist(), strict=True)),
         "loss": fitted.nll,
@@ -175,7 +177,7 @@ def _static(run: Run, maker: Maker, fit: Fit, path: Path) -> dict[str, Any]:
         "tokens": len(labels),
     }
     write_json(path / "static.json", result)
-    return result
+    return result | Judge(model, data, tokenizer, path).static(sample, fitted, result)
 
 
 def _sample(model: NanoThink, data: TokenDataModule, num_tokens: int) -> ExpertOutputs:
@@ -214,7 +216,8 @@ def _train(run: Run, maker: Maker, stage: str, fit: Fit, path: Path) -> dict[str
     if memory is not None:
         save_memory(memory, path / "memory")
         result["memory"] = memory.figures
-    return result
+    judged = Judge(model, data, tokenizer, path).trained(stage, start, memory.slots if memory else None)
+    return result | judged
 
 
 def expert_cache(
@@ -272,34 +275,51 @@ def stages_of(maker: Maker) -> Iterator[tuple[str, Maker]]:
 def run(run: Run) -> dict[str, Any]:
     """`phase=mla`: make the stages in order, show what each gained, publish the model."""
     maker = mla_maker(run, last_stage(run))
-    if run.cfg.stage == "all" and not maker.recipe.exists(run.artifacts):
-        for _, made in stages_of(maker):
-            run.obtain(made, named=True)
-    path = run.obtain(maker, named=True)
+    gates = _make_stages(run, maker)
+    path = maker.recipe.path(run.artifacts)
     names = run.cfg.expert.names
     published = run.publish(path, "nano_think" if len(names) > 1 else f"finetuned_{names[0]}")
-    rows = []
+    rows, causes = [], []
     for stage, made in stages_of(maker):
         if not made.recipe.exists(run.artifacts):
             continue  # an earlier stage that somebody deleted
         result = run.result_of(made.recipe.path(run.artifacts))
         if stage == "7a":
             show_static(run, result)
+            causes.append([stage, CAUSES[stage], gain_in_words(result.get("gain"))])
         else:
             first, best = result["history"][0][1], result["val_loss"]
+            causes.append([stage, CAUSES[stage], gain_in_words(result.get("gain"))])
             rows.append([stage, first, best, first - best, result["best_step"], result["steps"]])
     table = Table(
         ["stage", "val loss before", "after", "gain", "selected step", "steps"],
         rows,
         title="What each stage gained",
     )
+    headers = ["stage", "cause", "difference in nats a token [95% over documents]"]
+    render_table(Table(headers, causes, title="Why it gained"), run.console)
     render_table(table, run.console)
     run.say(f"[bold]model[/bold]: {published}")
     return {
         "checkpoint": str(published),
         "stages": {row[0]: row[2] for row in rows},
         "objective": _last(rows),
+        "gates": gates,
     }
+
+
+def _make_stages(run: Run, maker: Maker) -> list[dict[str, Any]]:
+    """Make the stages up to `maker` in order, each after the gates of those before it; the answers of all gates.
+
+    An earlier stage that somebody deleted is made again only where what follows it is missing too.
+    """
+    stages, gates = list(stages_of(maker)), []
+    there = [index for index, (_, made) in enumerate(stages) if made.recipe.exists(run.artifacts)]
+    for index, (stage, made) in enumerate(stages):
+        if index in there or index > max(there, default=-1):
+            path = run.obtain(made, named=made is maker or run.cfg.stage == "all")
+            gates += pass_gates(run, stage, run.result_of(path))
+    return gates
 
 
 def show_static(run: Run, result: dict[str, Any]) -> None:

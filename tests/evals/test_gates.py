@@ -54,6 +54,8 @@ CASES = [
     (static_gain_gate, (0.02, 0.01), True),
     (static_gain_gate, (0.0199, 0.01), False),
     (static_gain_gate, (0.0, 0.0), False),
+    (static_gain_gate, (4.9e-4, 1e-6), False),
+    (static_gain_gate, (5.1e-4, 1e-6), True),
     (static_gain_gate, (-0.02, 0.0), False),
     (static_gain_gate, (0.02, math.nan), None),
     (static_gain_gate, (None, 0.01), None),

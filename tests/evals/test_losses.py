@@ -146,3 +146,15 @@ def test_micro_weighs_tokens_and_macro_domains():
     assert losses.loss() == pytest.approx(110 / 40)
     assert losses.macro() == pytest.approx((2 + 3) / 2)
     assert losses.macro("bpb") == pytest.approx((20 / 40 + 90 / 60) / 2 / math.log(2))
+
+
+def test_tokens_are_summed_by_document():
+    uid, domain = np.array([7, 3, 7]), np.array([1, 0, 1])
+    got = DocumentLosses.from_tokens(uid, domain, np.array([1.0, 2.0, 4.0]), np.array([3, 1, 2]), 2)
+    assert got.uid.tolist() == [3, 7]
+    assert got.domain.tolist() == [0, 1]
+    assert got.sum_nll.tolist() == [2, 5]
+    assert got.num_tokens.tolist() == [1, 2]
+    assert got.num_bytes.tolist() == [1, 5]
+    assert got.pairs_with(got)
+    assert not got.pairs_with(DocumentLosses.from_tokens(uid[:2], domain[:2], np.ones(2), np.ones(2), 2))
