@@ -296,9 +296,9 @@ def run(run: Run) -> dict[str, Any]:
         rows,
         title="What each stage gained",
     )
+    render_table(table, run.console)
     headers = ["stage", "cause", "difference in nats a token [95% over documents]"]
     render_table(Table(headers, causes, title="Why it gained"), run.console)
-    render_table(table, run.console)
     run.say(f"[bold]model[/bold]: {published}")
     return {
         "checkpoint": str(published),
