@@ -216,7 +216,7 @@ def _train(run: Run, maker: Maker, stage: str, fit: Fit, path: Path) -> dict[str
     if memory is not None:
         save_memory(memory, path / "memory")
         result["memory"] = memory.figures
-    judged = Judge(model, data, tokenizer, path).trained(stage, start, memory.slots if memory else None)
+    judged = Judge(model, data, tokenizer, path).trained(stage, start, memory)
     return result | judged
 
 

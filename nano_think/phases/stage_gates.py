@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from rich.markup import escape
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint
+from nano_think.artifacts.memory import Memory
 from nano_think.errors import UserError
 from nano_think.evals.bootstrap import Difference, paired_difference, permutation_test
 from nano_think.evals.gates import (
@@ -27,6 +29,7 @@ from nano_think.evals.gates import (
     usefulness_gate,
 )
 from nano_think.evals.losses import Batch, DocumentLosses, document_losses
+from nano_think.evals.memory_modes import MemoryModes
 from nano_think.evals.oracles import static_losses
 from nano_think.evals.pools import ExpertOutputs, SharedForward
 from nano_think.evals.report import plain
@@ -78,21 +81,26 @@ class Judge:
         ]
         return {"gain": _gain("7a", best, gain), "gates": plain(found if len(alone) > 1 else [])}
 
-    def trained(
-        self, stage: str, before: Checkpoint, slots: Callable[[Any], Any] | None = None
-    ) -> dict[str, Any]:
+    def trained(self, stage: str, before: Checkpoint, memory: Memory | None = None) -> dict[str, Any]:
         """7b, 7c, 7d: `gain` over the stage before on validation, and the stage's `gates`.
 
-        before: the stage that this one started from. slots: the memory of 7d.
+        before: the stage that this one started from. memory: that of 7d.
         """
-        losses, weights = self.measure(slots)
+        losses, weights = self.measure(memory.slots if memory else None)
         losses.save(self.path / LOSSES)
         difference = paired_difference(losses, self._losses_before(before, losses))
         name = before.provenance["kind"].removeprefix("mla_")
         found = []
         if len(self.model.experts) > 1:
-            found = [_gate_of(stage, difference, weights)]
+            shuffled = self._shuffled(losses, memory) if memory else None
+            found = [_gate_of(stage, difference, weights, shuffled)]
         return {"gain": _gain(stage, name, difference), "gates": plain(found)}
+
+    def _shuffled(self, losses: DocumentLosses, memory: Memory) -> Difference:
+        """What the memory returns against the same records handed to other readers."""
+        modes, numbers = MemoryModes(memory), count()
+        other, _ = self.measure(lambda batch: modes.slots(batch, next(numbers))["shuffled"])
+        return paired_difference(losses, other)
 
     def measure(self, slots: Callable[[Any], Any] | None = None) -> tuple[DocumentLosses, DocumentWeights]:
         """Losses and router weights by document on the fixed validation pass."""
@@ -120,14 +128,16 @@ class Judge:
         return Judge(model, self.data, self.tokenizer, self.path).measure()[0]
 
 
-def _gate_of(stage: str, difference: Difference, weights: DocumentWeights) -> Gate:
+def _gate_of(
+    stage: str, difference: Difference, weights: DocumentWeights, shuffled: Difference | None
+) -> Gate:
     if stage == "7b":
         test = permutation_test(weights.sum_weights, weights.num_tokens, weights.domain, weights.num_domains)
         return router_gate(difference, test.observed, test.p_value)
     if stage == "7c":
         # B5 is a run of its own (phase=finetune)
         return training_gate(difference, None)
-    return memory_gate(None, difference)
+    return memory_gate(shuffled, difference)
 
 
 def _gain(stage: str, over: str, difference: Difference) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from nano_think.artifacts.checkpoint import load_checkpoint
+from nano_think.artifacts.memory import load_memory
 from nano_think.errors import UserError
 from nano_think.evals.bootstrap import paired_difference
 from nano_think.evals.losses import DocumentLosses
+from nano_think.evals.memory_modes import MemoryModes
 from nano_think.evals.oracles import static_losses
 from nano_think.evals.pools import SharedForward, expert_outputs
 from nano_think.ops.layout import Layout
@@ -73,7 +75,25 @@ def test_later_gates_answer_what_is_known_and_leave_the_rest_open(results):
     assert training["figures"]["over_router"] == results["7c"]["gain"]["difference"]
     assert training["figures"]["over_finetuned"] is None
     assert training["passed"] is not True
-    assert (memory["passed"], memory["reason"]) == (None, "real - shuffled memory is not known")
+    assert memory["figures"]["over_none"] == results["7d"]["gain"]["difference"]
+    assert memory["passed"] is (memory["reason"].endswith(": better"))
+
+
+def test_memory_is_judged_against_itself_shuffled(built, paths, results):
+    checkpoint, data = load_checkpoint(paths["7d"]), _data(built)
+    model, memory = checkpoint.model, load_memory(paths["7d"] / "memory")
+    modes = MemoryModes(memory)
+    nll = {"real": 0.0, "shuffled": 0.0}
+    for number, batch in enumerate(data.val_dataloader()):
+        layout = Layout(batch["positions"], batch["segments"])
+        for name in nll:
+            slots = modes.slots(batch, number)[name]
+            with torch.no_grad():
+                nll[name] += float(model.token_nll(batch["tokens"], batch["labels"], layout, slots).sum())
+    tokens = DocumentLosses.load(paths["7d"] / LOSSES).num_tokens.sum()
+    figures = results["7d"]["gates"][0]["figures"]
+    assert figures["over_shuffled"] == pytest.approx((nll["real"] - nll["shuffled"]) / tokens, abs=1e-5)
+    assert figures["over_shuffled"] != 0
 
 
 def test_gates_are_shown_and_stand_in_the_result_and_the_manifest(built, printed):
