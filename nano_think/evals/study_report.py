@@ -16,12 +16,11 @@ from nano_think.evals.study_sections import (
     headline,
     label,
     main_table,
-    router_bounds,
     sentence,
-    stage_gains,
     standing,
 )
 from nano_think.evals.study_setup import change_our_mind, provenance, question, setup, training
+from nano_think.evals.study_stages import router_bounds, stage_gains
 from nano_think.evals.study_statistics import RIVALS, StudyStatistics
 
 
@@ -73,7 +72,9 @@ def study_report(record: StudyRecord, figures: str | Path, n_resamples: int = 20
 
 def _summary(report: Report, stats: StudyStatistics) -> None:
     """The verdicts, before everything else."""
-    lines = [
+    chosen = label(stats, stats.fused) if stats.fused else "none"
+    lines = [f"The mixture is the stage of lowest validation loss: {chosen}."]
+    lines += [
         sentence(difference, "The mixture", text.removeprefix("mixture minus "))
         for text, difference in headline(stats).items()
     ]

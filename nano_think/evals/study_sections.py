@@ -6,7 +6,6 @@ in nats a token: negative is better.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ from nano_think.evals.report import Report
 from nano_think.evals.seeds import SeedDifference
 from nano_think.evals.study_record import MODELS
 from nano_think.evals.study_statistics import (
-    EXPERTS,
     RIVALS,
     UNIFORM,
-    Stage,
     StudyStatistics,
     word,
 )
@@ -210,110 +207,6 @@ def _cost(stats: StudyStatistics, fused: str, rival: str) -> str:
         if ours.get(name) and theirs.get(name)
     ]
     return f"The mixture takes {', '.join(ratios)}." if ratios else ""
-
-
-def stage_gains(report: Report, stats: StudyStatistics, folder: Path) -> None:
-    """What each step of the mixture brought, and the controls that its cause must survive."""
-    rows, bars = [], {}
-    for stage in stats.stages():
-        difference = stats.difference(stage.model, stage.before)
-        pair = f"{label(stats, stage.model)} − {label(stats, stage.before)}"
-        rows.append([stage.name, stage.cause, pair, *difference_cells(difference)])
-        if difference is not None:
-            bars[f"{stage.name} {stage.cause.split(':')[0]}"] = difference
-    for cause, model, baseline in (
-        ("the same parameters with the Transformer alone", "finetuned_transformer", "transformer"),
-        ("experts and router beside that", "fused_7c", "finetuned_transformer"),
-    ):
-        pair = f"{label(stats, model)} − {label(stats, baseline)}"
-        rows.append(["control of 7c", cause, pair, *difference_cells(stats.difference(model, baseline))])
-    report.table(
-        ["stage", "cause", "compared", *HEADERS],
-        rows,
-        formats=["", "", "", "+.4f", "", ".4f", ""],
-        title="What each stage gains, test",
-    )
-    for stage in stats.stages():
-        report.text(_stage_sentence(stats, stage))
-    _static(report, stats)
-    if bars:
-        path = plots.interval_bars(folder / "stages.png", bars, y_label="change of loss (nats per token)")
-        report.figure(path, "Gain of each stage over the one before it, 95% intervals; below 0 is a gain.")
-
-
-def _static(report: Report, stats: StudyStatistics) -> None:
-    """The constant weights of 7a, and whether an expert's gap is below its mean KL, so that it can help."""
-    seeds = stats.record.seeds
-    fitted = {
-        seed: facts["static"] for seed, facts in seeds.items() if facts.get("static", {}).get("weights")
-    }
-    if not fitted:
-        return
-    first = next(iter(fitted.values()))
-    rows = [
-        [name, *(fit["weights"].get(name) for fit in fitted.values()), first.get("gap", {}).get(name),
-         first.get("mean_kl", {}).get(name)]
-        for name in first["weights"]
-    ]  # fmt: skip
-    report.table(
-        ["expert", *(f"weight, seed {seed}" for seed in fitted), "gap to the best expert", "mean KL from it"],
-        rows,
-        formats=["", *[".3f"] * len(fitted), ".4f", ".4f"],
-        title="Constant weights (7a); an expert can help where its gap is below the KL (first seed, nats/token)",
-    )
-
-
-def _stage_sentence(stats: StudyStatistics, stage: Stage) -> str:
-    difference = stats.difference(stage.model, stage.before)
-    cause = stage.cause.split(":")[0].capitalize()
-    if difference is None:
-        return f"**{stage.name}.** {cause}: not measured."
-    found = {
-        "better": f"a gain of {-difference.estimate:.4f} nats a token",
-        "worse": f"a loss of {difference.estimate:.4f} nats a token",
-        "not distinguishable": "too small to be claimed" if difference.significant else "not told from noise",
-    }[difference.verdict]
-    return f"**{stage.name}.** {cause}: {found} ({difference:+.4f})."
-
-
-def router_bounds(report: Report, stats: StudyStatistics, folder: Path) -> None:
-    """How much routing could gain at most, by oracles that see the labels, and what it did gain."""
-    best = stats.best_expert
-    router = stats.difference("fused_7b", "static")
-    rows = []
-    bounds = {
-        "static_per_domain": "constant weights fitted to each domain",
-        "oracle_domain": "the best expert of each domain",
-        "oracle_document": "the best expert of each document",
-        "oracle_token": "the best expert of each token; not reachable",
-    }
-    for key, what in bounds.items():
-        over_static, over_best = stats.difference(key, "static"), stats.difference(key, best or EXPERTS[0])
-        gain = router.estimate if router else math.nan
-        regret = stats.difference("fused_7b", key)
-        share = gain / over_static.estimate if over_static and over_static.estimate < 0 else None
-        rows.append([label(stats, key), what, over_best, over_static, regret, share])
-    report.table(
-        ["bound", "it takes", "minus best expert", "minus static weights", "router's regret (7b minus it)",
-         "share of it that routing gains"],
-        rows,
-        formats=["", "", "+.4f", "+.4f", "+.4f", ".0%"],
-        title="Bounds of routing, test (nats/token)",
-    )  # fmt: skip
-    report.text(sentence(router, "The router (7b)", "static weights (7a)"))
-    per_domain = stats.difference("static_per_domain", "static")
-    if router is None or router.verdict != "better":
-        if per_domain is None:
-            report.text("The bound of a perfect domain router was not measured.")
-        else:
-            token = stats.difference("oracle_token", "static")
-            most = f", an oracle of the token {-token.estimate:.4f}" if token else ""
-            report.text(
-                "How much there was to gain: weights fitted to each domain would bring "
-                f"{-per_domain.estimate:.4f} nats a token over one set of weights "
-                f"({per_domain.verdict}){most}. A router that only tells domains apart cannot bring more "
-                "than the former."
-            )
 
 
 def gates(report: Report, stats: StudyStatistics) -> None:
