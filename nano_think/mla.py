@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from nano_think.cache import AppendState, RingState
 from nano_think.nn.block import init_blocks
 from nano_think.nn.flops import Product, Reach
-from nano_think.nn.mixers.latent_attention import KeyValueKind, LatentAttention, Slots
+from nano_think.nn.mixers.latent_attention import KeyValueKind, LatentAttention
+from nano_think.nn.mixers.slots import SlotReaderKind, Slots
 from nano_think.nn.norm import RMSNorm
 from nano_think.nn.pools import Pool, RunningMean, Sums, WholeDocument, WindowMean
 from nano_think.ops.layout import Layout
@@ -25,7 +26,7 @@ PoolKind = Literal["cummean", "token", "ema", "window", "cummean+token", "prefix
 class MultiHeadLatentAttention(nn.Module):
     """context = e + W_o attention(RMSNorm(e), memory slots), W_o starting at zero so that context = e.
 
-    latent_dim, head_dim, rope_dim, kv, memory, slot_bias: see `LatentAttention`.
+    latent_dim, head_dim, rope_dim, kv, memory, slot_bias, slot_reader: see `LatentAttention`.
     post_norm: a norm behind the residual; `layer` is the seeds' LayerNorm, which moves the experts' input.
     """
 
@@ -42,6 +43,7 @@ class MultiHeadLatentAttention(nn.Module):
         memory: bool = False,
         post_norm: PostNorm = "none",
         slot_bias: float = -8.0,
+        slot_reader: SlotReaderKind = "shared",
     ) -> None:
         super().__init__()
         norms = {"none": nn.Identity, "rms": RMSNorm, "layer": nn.LayerNorm}
@@ -49,11 +51,23 @@ class MultiHeadLatentAttention(nn.Module):
             raise ValueError(f"post_norm must be none, rms or layer, not {post_norm!r}")
         self.norm = RMSNorm(d_model)
         self.attention = LatentAttention(
-            d_model, num_heads, latent_dim, head_dim, rope_dim, rope_theta, rope_layout, kv, memory, slot_bias
+            d_model,
+            num_heads,
+            latent_dim,
+            head_dim,
+            rope_dim,
+            rope_theta,
+            rope_layout,
+            kv,
+            memory,
+            slot_bias,
+            slot_reader,
         )
         self.post_norm = norms[post_norm](d_model)
         init_blocks(self.attention, num_layers=1)
         nn.init.zeros_(self.attention.out_proj.weight)
+        if self.attention.reads_apart:
+            self.attention.slots.reset_parameters()
 
     def forward(self, e: Tensor, layout: Layout | None = None, memory: Slots | None = None) -> Tensor:
         """Embeddings (B, L, d_model) to context of the same shape; the slots lengthen nothing."""

@@ -57,13 +57,14 @@ class MemorySlots:
     """Extra keys and values of the MLA block.
 
     values (B, U, k, d) float32; valid (B, U, k) bool; index (B, L) int64 in [-1, U): the group a token sees,
-    -1 where it sees none. Every group that `index` names has at least one valid slot.
+    -1 where it sees none. Every group that `index` names has at least one valid slot. scores (B, U, k): cosines.
     """
 
     values: Tensor
     valid: Tensor
     index: Tensor
     hits: MemoryHits | None = None
+    scores: Tensor | None = None
 
     @classmethod
     def none(cls, index: Tensor, k: int, d_model: int, hits: MemoryHits | None = None) -> MemorySlots:
@@ -80,8 +81,8 @@ class MemorySlots:
 
     def to(self, device: torch.device | str) -> MemorySlots:
         """The same slots on another device; `hits` stays where it is."""
-        moved = {name: getattr(self, name).to(device) for name in ("values", "valid", "index")}
-        return replace(self, **moved)
+        names = ("values", "valid", "index", *(() if self.scores is None else ("scores",)))
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def dropped(self, keep_mask: Tensor) -> MemorySlots:
         """Memory dropout: rows where keep_mask (B,) bool is False see no slots."""
@@ -244,7 +245,9 @@ class Retriever:
             return MemorySlots.none(index, self.k, self.store.d_model, hits)
         valid = placed(found.valid, False)
         fruitless = ~valid.any(-1).gather(1, index.clamp_min(0))
-        return MemorySlots(placed(found.values, 0), valid, index.masked_fill(fruitless, -1), hits)
+        return MemorySlots(
+            placed(found.values, 0), valid, index.masked_fill(fruitless, -1), hits, hits.scores
+        )
 
     def init_state(self, batch: int, reader: Reader | None = None) -> RetrievalState:
         """State for decoding one unpacked document per row; `reader` names the documents as (B,).

@@ -102,7 +102,7 @@ class MemoryModes:
         for name, own in (("doc_uid", uid), ("cluster", cluster)):
             theirs = torch.from_numpy(stored[name])
             valid &= (theirs != own[:, None]) | (own[:, None] < 0)
-        return _filled(real, groups, real.values[there], valid)
+        return _filled(real, groups, real.values[there], valid, real.hits.scores[there])
 
     def _random(self, real: MemorySlots, batch: Batch, seed: int) -> MemorySlots:
         """Every group gets as many records as it found, any that its reader may see."""
@@ -128,15 +128,23 @@ def _sources(uid: np.ndarray, source_of: Mapping[int, int]) -> np.ndarray:
     return np.array([source_of.get(int(one), -1) for one in uid.flat], np.int64).reshape(uid.shape)
 
 
-def _filled(slots: MemorySlots, groups: Groups, values: Tensor, valid: Tensor) -> MemorySlots:
-    """The slots with the visible groups' values (G, k, d) and validity (G, k) replaced; no hits are told."""
+def _filled(
+    slots: MemorySlots, groups: Groups, values: Tensor, valid: Tensor, scores: Tensor | None = None
+) -> MemorySlots:
+    """The slots with values (G, k, d), validity and perhaps scores (G, k) of the visible groups replaced.
+
+    Records that nobody asked for keep the scores of those whose place they take. No hits are told.
+    """
     there = groups.rows, groups.groups
     new_values, new_valid = slots.values.clone(), slots.valid.clone()
     new_values[there], new_valid[there] = values, valid
+    new_scores = None if slots.scores is None else slots.scores.clone()
+    if new_scores is not None and scores is not None:
+        new_scores[there] = scores
     if new_valid.shape[1] == 0:
         return replace(slots, hits=None)
     fruitless = ~new_valid.any(-1).gather(1, slots.index.clamp_min(0))
-    return MemorySlots(new_values, new_valid, slots.index.masked_fill(fruitless, -1))
+    return MemorySlots(new_values, new_valid, slots.index.masked_fill(fruitless, -1), scores=new_scores)
 
 
 def hit_texts(memory: Memory, ids: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from nano_think.evals.report import Table, render_table
 from nano_think.experts.diffuser import DiffuserExpert
 from nano_think.files import atomic_write, write_json
 from nano_think.model import ExpertLM, NanoThink
-from nano_think.nn.mixers.latent_attention import SlotReader
+from nano_think.nn.mixers.slots import SlotReader
 from nano_think.phases.mla import fused_spec, model_settings
 from nano_think.phases.run import Run
 
@@ -94,7 +94,8 @@ def optional_parts(network: nn.Module) -> Iterator[tuple[str, int, bool]]:
         slots = mla.attention.slots
         width, heads = mla.attention.out_proj.out_features, mla.attention.heads.num_heads
         with torch.device("meta"):
-            count = sum(p.numel() for p in SlotReader(width, heads).parameters())
+            reader = SlotReader if slots is None else type(slots)
+            count = sum(p.numel() for p in reader(width, heads).parameters())
         yield "memory: norm, null slot and bias a head of the MLA (retrieval.k > 0)", count, slots is not None
     for module in network.modules():
         if isinstance(module, DiffuserExpert):

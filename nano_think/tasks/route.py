@@ -152,13 +152,16 @@ class RouteTask(FitTask):
 def set_trainable(model: NanoThink, stage: str) -> list[str]:
     """Let exactly the declared set of `stage` receive gradients; returns the names.
 
-    Where probabilities are mixed, 7b leaves the experts' gains as they are: what an expert says of a label is then
-    fixed, and the router learns from one number an expert and token.
+    Where memory is read apart (mla.slot_reader=own), 7d trains what reads it and nothing else: without memory the
+    model stays that of 7c. Where probabilities are mixed, 7b leaves the experts' gains as they are: what an expert
+    says of a label is then fixed, and the router learns from one number an expert and token.
     Raises ValueError for a stage without training (7a is a convex fit).
     """
     if stage not in TRAINABLE:
         raise ValueError(f"stage {stage} trains nothing; choose from {', '.join(TRAINABLE)}")
     names, prefixes = [], TRAINABLE[stage]
+    if stage == "7d" and getattr(getattr(model.mla, "attention", None), "reads_apart", False):
+        prefixes = ("mla.attention.slots.",)
     if stage == "7b" and model.fusion == "prob":
         prefixes = ("router.",)
     for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ from nano_think.evals.audit.plan import Plan
 from nano_think.evals.audit.subject import Said, Subject, named_tensors
 from nano_think.evals.audit.trace import distance, first_difference, unequal
 from nano_think.files import hash_bytes
-from nano_think.nn.mixers.latent_attention import SlotReader
+from nano_think.nn.mixers.slots import OwnSlotReader, SlotReader
 from nano_think.retrieval import MemorySlots, Retriever
 
 SLOT_COUNTS = (0, 1, 4)
@@ -76,7 +76,7 @@ def _muted(subject: Subject, plan: Plan, tokens: Tensor, slots: MemorySlots, tit
     """Slots whose attention is forced to nothing must leave what the model says without memory."""
     model = copy.deepcopy(subject.module)
     assert model is not None
-    readers = [part for part in model.modules() if isinstance(part, SlotReader)]
+    readers = [part for part in model.modules() if isinstance(part, SlotReader | OwnSlotReader)]
     for reader in readers:
         reader.bias.data.fill_(NO_ATTENTION)
     # a router that pools slots reads them without attention

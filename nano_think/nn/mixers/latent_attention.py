@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nano_think.cache import AppendState
 from nano_think.nn.flops import Product, Reach, attention_products, products_of
+from nano_think.nn.mixers.slots import OwnSlotReader, SlotReader, SlotReaderKind, Slots, visible_slots
 from nano_think.nn.norm import RMSNorm
 from nano_think.ops.attention import attention, offset_causal_mask
 from nano_think.ops.layout import Layout
@@ -22,22 +23,6 @@ from nano_think.ops.rope import RopeLayout, apply_rope
 
 KeyValueKind = Literal["latent", "full", "seed_bottleneck"]
 Entries = dict[str, Tensor]
-
-
-class Slots(Protocol):
-    """Vectors from outside the sequence that some of its tokens may attend to."""
-
-    @property
-    def values(self) -> Tensor:
-        """(B, U, k, d_model)."""
-
-    @property
-    def valid(self) -> Tensor:
-        """(B, U, k) bool, False at empty slots."""
-
-    @property
-    def index(self) -> Tensor:
-        """(B, L) int64, the group whose slots a token sees, -1 for none."""
 
 
 class QKV(NamedTuple):
@@ -195,47 +180,6 @@ class Rotation(nn.Module):
         return apply_rope(x, *layout.angles(x.shape[-1], self.theta), self.layout)
 
 
-class SlotReader(nn.Module):
-    """The parameters with which attention reads memory slots, and the null slot that lets it look away.
-
-    Every slot score carries a bias of its head that starts far below 0: a fresh memory barely disturbs a trained
-    model, while gradients reach every part of it.
-    """
-
-    def __init__(self, d_model: int, num_heads: int, bias: float = -8.0) -> None:
-        super().__init__()
-        self.norm = RMSNorm(d_model)
-        self.null = nn.Parameter(torch.empty(d_model).normal_(std=0.02))
-        self.bias = nn.Parameter(torch.full((num_heads,), float(bias)))
-
-    def forward(self, memory: Slots) -> Tensor:
-        """Normed slot vectors (B, U k + 1, d_model), the null slot last."""
-        # an empty slot may hold anything, and 0 x NaN would still be NaN
-        values = memory.values.masked_fill(~memory.valid.unsqueeze(-1), 0.0).flatten(1, 2)
-        null = self.null.expand(values.shape[0], 1, -1)
-        return self.norm(torch.cat((values.to(null.dtype), null), dim=1))
-
-    def products(self, reach: Reach) -> Iterator[Product]:
-        """None: its parameters scale, stand in for a slot and shift scores."""
-        yield from products_of(self.norm, reach)
-        yield Product(0.0, self.null)
-        yield Product(0.0, self.bias)
-
-
-def visible_slots(memory: Slots | None) -> Tensor | None:
-    """(B, L, U k + 1) bool: valid slots of a token's own group, and the null slot where there is one.
-
-    None where no token sees any slot: the caller then takes the path without memory, bit for bit.
-    """
-    if memory is None or memory.valid.numel() == 0:
-        return None
-    groups = torch.arange(memory.valid.shape[1], device=memory.index.device)
-    own = memory.index.unsqueeze(-1) == groups
-    visible = (own.unsqueeze(-1) & memory.valid.unsqueeze(1)).flatten(2)
-    some = visible.any(dim=-1, keepdim=True)
-    return torch.cat((visible, some), dim=-1) if bool(some.any()) else None
-
-
 class LatentAttention(nn.Module):
     """Causal attention over a document and over the slots of an optional memory.
 
@@ -243,7 +187,8 @@ class LatentAttention(nn.Module):
     `seed_bottleneck` squeezes keys and values through latent_dim each (both ignore rope_dim).
     latent_dim: d_model / 3 where not given. head_dim: d_model / num_heads. rope_dim: head_dim / 2, in
     addition to head_dim. memory: adds the parameters that read slots. slot_bias: what every head adds to the score
-    of a slot, at the start.
+    of a slot, at the start. slot_reader: `shared` puts slots and tokens into one softmax and through the same
+    projections, `own` reads slots apart, see `OwnSlotReader`.
     """
 
     def __init__(
@@ -258,8 +203,11 @@ class LatentAttention(nn.Module):
         kv: KeyValueKind = "latent",
         memory: bool = False,
         slot_bias: float = -8.0,
+        slot_reader: SlotReaderKind = "shared",
     ) -> None:
         super().__init__()
+        if slot_reader not in ("shared", "own"):
+            raise ValueError(f"slot_reader must be shared or own, not {slot_reader!r}")
         head_dim = head_dim or d_model // num_heads
         latent_dim = latent_dim or d_model // 3
         rope_dim = head_dim // 2 if rope_dim is None else rope_dim
@@ -273,7 +221,13 @@ class LatentAttention(nn.Module):
         else:
             raise ValueError(f"kv must be latent, full or seed_bottleneck, not {kv!r}")
         self.out_proj = nn.Linear(num_heads * head_dim, d_model, bias=False)
-        self.slots = SlotReader(d_model, num_heads, slot_bias) if memory else None
+        reader = SlotReader if slot_reader == "shared" else OwnSlotReader
+        self.slots: Any = reader(d_model, num_heads, slot_bias) if memory else None
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether slots are read by parameters of their own: training those alone leaves the rest as it was."""
+        return isinstance(self.slots, OwnSlotReader)
 
     def forward(self, x: Tensor, layout: Layout, memory: Slots | None = None) -> Tensor:
         """(B, L, d_model) to the same shape; token t sees tokens <= t of its document and its own slots."""
@@ -301,6 +255,8 @@ class LatentAttention(nn.Module):
         """Share of every head's attention (B, H, L) that goes to real slots, and to the null slot."""
         visible = visible_slots(memory)
         q = self.heads.queries(x)
+        if visible is not None and self.reads_apart:
+            return self.slots.mass(x, memory)
         if visible is None:
             nothing = q.new_zeros(q.shape[:3])
             return nothing, nothing
@@ -317,6 +273,7 @@ class LatentAttention(nn.Module):
         yield from attention_products(reach, num_heads, width, value_width)
         if self.slots is not None:
             yield from products_of(self.slots, reach)
+        if self.slots is not None and not self.reads_apart:
             for product in self.heads.expansion(reach, placed=False):
                 yield replace(product, flops=reach.slot_vectors * product.flops)
             yield Product(2.0 * num_heads * width * reach.slot_keys)
@@ -334,7 +291,7 @@ class LatentAttention(nn.Module):
         form = self.heads.absorbed if absorbed else self.heads.expanded
         q = self.heads.queries(x)
         tokens = form(self.heads.rotate(q, layout), entries)
-        visible = visible_slots(memory)
+        visible = None if self.reads_apart else visible_slots(memory)
         if memory is None or visible is None:
             mask, first = layout.sight
             mixed = attention(*tokens, mask, causal=mask is None, first=first)
@@ -347,7 +304,15 @@ class LatentAttention(nn.Module):
             mixed = weights @ torch.cat((tokens.v, slots.v.to(tokens.v.dtype)), dim=2)
         if absorbed:
             mixed = self.heads.values_of(mixed)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        out = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        if (
+            self.reads_apart
+            and memory is not None
+            and memory.valid.numel()
+            and bool((memory.index >= 0).any())
+        ):
+            out = out + self.slots(x, memory)
+        return out
 
     def _weights(self, tokens: QKV, slots: QKV, mask: Tensor, visible: Tensor) -> Tensor:
         """One softmax (B, H, L, S + U k + 1) over tokens and slots."""
