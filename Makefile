@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 GROUPS ?= all
+DATA ?=
+OUT ?= outputs/study
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -58,6 +60,13 @@ demo: $(INSTALLED)  ## all of it on two cores in minutes, with a report at the e
 	$(TRAIN) phase=pipeline experiments=demo $(ARGS)
 	@echo "The lines above say where report, dashboard and samples are. Dashboard: make tensorboard"
 
+study: $(INSTALLED)  ## every baseline, three seeds: make study DATA=folder; without DATA draw the kept report again
+ifeq ($(DATA),)
+	$(TRAIN) phase=study study.redraw=true study.out=experiments/results/study $(ARGS)
+else
+	$(TRAIN) phase=study experiments=study data=jsonl data.root=$(DATA) study.out=$(OUT) $(ARGS)
+endif
+
 sweep: $(INSTALLED)  ## two optimizers times two seeds, one folder a job
 	$(TRAIN) -m phase=mla expert=all optimizer=adamw,muon seed=1,2 $(ARGS)
 
@@ -102,5 +111,5 @@ phase8: eval generate  ## = eval and generate
 phase9: bench  ## = bench
 
 .PHONY: help setup data tokenizer expert-transformer expert-diffuser expert-state-space mla eval audit generate demo \
-  sweep tensorboard test test-slow lint check bench clean \
+  study sweep tensorboard test test-slow lint check bench clean \
   phase0 phase1 phase2 phase3 phase4 phase5 phase6 phase7 phase8 phase9

@@ -74,14 +74,6 @@ class SharedForward:
             weights.to(self.weights(batch))[batch["domain"]].unsqueeze(1).expand_as(self.weights(batch)),
         )
 
-    @torch.no_grad()
-    def expert_nll(self, batch: Batch) -> Tensor:
-        """Losses (B, L, N) of every expert alone, computed once while the batch is the current one."""
-        output = self.output(batch)
-        if self._expert_nll is None:
-            self._expert_nll = self.model.expert_nll(output.expert_hidden, batch["labels"])
-        return self._expert_nll
-
     def expert(self, name: str) -> NllFunction:
         """One expert alone."""
         index = self.model.expert_names.index(name)

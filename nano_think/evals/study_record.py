@@ -30,6 +30,7 @@ from nano_think.files import atomic_write
 MODELS: dict[str, str] = {
     "unigram": "B0",
     "bigram": "B0",
+    "trigram": "B0",
     "transformer": "B1",
     "diffuser": "B1",
     "state_space": "B1",

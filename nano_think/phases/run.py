@@ -7,6 +7,7 @@ make the same thing share it.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class Run:
     def composed(self, phase: str, more: Iterable[str], expert: str | None = None) -> Run:
         """A run of another phase with this one's settings and `more`; expert: the only one it is about."""
         kept = _last_of_each([*self._handed_on(phase), f"phase={phase}", *more])
-        cfg = compose("config", kept)
+        cfg = copy.deepcopy(_composed(tuple(kept)))
         if expert is not None:
             # composed with the expert= of the whole run, so that overrides of any expert stay valid
             OmegaConf.set_struct(cfg, False)
@@ -227,6 +228,12 @@ def run_phase(cfg: DictConfig) -> float | None:
     run.record(status="done", artifacts=run.used, result=result)
     run.say(f"[dim]run folder: {run.dir}[/dim]")
     return result.get("objective")
+
+
+@lru_cache(maxsize=256)
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    """A composition takes a third of a second, and who describes a pipeline asks for the same ones many times."""
+    return compose("config", list(overrides))
 
 
 def console() -> Console:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -115,22 +115,6 @@ def printed() -> Callable[[Run], str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compose_once() -> Iterator[None]:
-    """Runs that hand on the same overrides share a composition, which is most of what describing them costs."""
-    known: dict[tuple[str, ...], DictConfig] = {}
-
-    def compose_once(name: str, overrides: list[str]) -> DictConfig:
-        key = tuple(overrides)
-        if key not in known:
-            known[key] = compose(name, overrides)
-        return copy.deepcopy(known[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "compose", compose_once)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
 def _measured_once(tmp_path_factory) -> Iterator[None]:
     """What the machine measures of a fit is remembered for these tests alone, and the same in all of them."""
     folder = tmp_path_factory.mktemp("measured")
@@ -145,6 +129,19 @@ def _hydra() -> Iterator[None]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield
     GlobalHydra.instance().clear()
+
+
+@pytest.fixture(scope="session")
+def shared_project(texts_folder) -> Callable[[Path], AbstractContextManager[Project]]:
+    """Projects for fixtures that several tests share: a context in which their runs can be composed."""
+
+    @contextmanager
+    def below(folder: Path) -> Iterator[Project]:
+        register_schema()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            yield Project(folder / "outputs", texts_folder)
+
+    return below
 
 
 @pytest.fixture

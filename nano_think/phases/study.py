@@ -1,0 +1,58 @@
+"""`phase=study`: the claim measured fairly. Every expert, stage and baseline for several seeds, in one report.
+
+Everything that is trained or measured is an artefact, so a study that was interrupted goes on where it stood and
+one that is run again only draws its report.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nano_think.evals.report import Table, render_table
+from nano_think.phases.data import load_shards, shards_maker
+from nano_think.phases.run import Run
+from nano_think.phases.study_evidence import evidence_maker
+from nano_think.phases.study_fits import make_all
+from nano_think.phases.study_measure import losses_maker
+from nano_think.phases.study_plan import Plan
+from nano_think.phases.study_record import draw, write_record
+from nano_think.phases.study_tuning import Trial, tune
+
+SPLITS = ("validation", "test")
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Tune on the first seed, train and measure every seed, write the record, draw the report.
+
+    With `study.redraw=true` only the last: the report of the record in `study.out`.
+    """
+    settings = run.plain(run.cfg.study)
+    if settings["redraw"]:
+        return {"report": str(draw(Path(settings["out"]), run))}
+    shards = shards_maker(run)
+    run.obtain(shards, named=True)
+    domains = len(load_shards(run, shards).domains)
+    seeds, workers = settings["seeds"], settings["workers"]
+    trials = tune(Plan(run, seeds[0], domains), workers)
+    show_trials(run, trials)
+    rates = {trial.family: trial.rate for trial in trials if trial.chosen}
+    plans = [Plan(run, seed, domains, rates) for seed in seeds]
+    out, digest = Path(settings["out"]), ""
+    for plan in plans:
+        run.say(f"[bold]seed {plan.seed}[/bold]")
+        make_all(run, plan.trained.values(), workers)
+        for split in SPLITS:
+            run.obtain(losses_maker(plan, split), named=True)
+        run.obtain(evidence_maker(plan), named=True)
+        done = [other for other in plans if losses_maker(other, "test").recipe.exists(run.artifacts)]
+        digest = write_record(out, done, trials, seeds)
+    report = draw(out, run)
+    return {"report": str(report), "digest": digest}
+
+
+def show_trials(run: Run, trials: list[Trial]) -> None:
+    """What each learning rate came to."""
+    rows = [[t.family, t.rate, t.tokens, t.val_loss, "chosen" if t.chosen else ""] for t in trials]
+    headers = ["family", "learning rate", "tokens", "validation loss", ""]
+    render_table(Table(headers, rows, title="Equal trials for all, on validation text"), run.console)

@@ -1,0 +1,98 @@
+"""What the models of a study cost, from their settings alone: parameters, FLOPs of a token and of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from nano_think.artifacts.build import build as build_network
+from nano_think.errors import UserError
+from nano_think.evals.flops import filling_flops, forward_flops, training_flops
+from nano_think.model import ExpertLM, NanoThink
+from nano_think.phases.mla import fused_spec, model_settings
+from nano_think.phases.run import Maker, Run
+from nano_think.tasks.route import TRAINABLE
+
+MAX_LAYERS = 100
+
+
+class Costs:
+    """Networks without numbers and what they compute; the mixture and its experts are those of `run`."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.seq_len = run, run.cfg.size.seq_len
+
+    def lone(self, expert: str, **changes: Any) -> ExpertLM:
+        """An expert with its table; changes: other keywords than the settings'."""
+        network = {**self.run.plain(self.run.cfg.experts[expert]), **changes}
+        with torch.device("meta"):
+            table = nn.Embedding(self.run.cfg.size.vocab_size, self.run.cfg.size.d_model)
+            return ExpertLM(table, build_network(network))
+
+    def mixture(self, experts: list[str] | None = None) -> NanoThink:
+        """The fused model of all experts or of some."""
+        cfg = self.run.cfg
+        specs = {name: self.run.plain(cfg.experts[name]) for name in experts or cfg.expert.names}
+        settings = model_settings(self.run)
+        spec = fused_spec(settings, specs, cfg.size.vocab_size, cfg.size.d_model, cfg.expert.embed == "own")
+        with torch.device("meta"):
+            return build_network(spec)
+
+    def parameters(self, network: nn.Module) -> float:
+        """Unique parameters."""
+        return float(sum(parameter.numel() for parameter in network.parameters()))
+
+    def inference_flops(self, network: nn.Module) -> float:
+        """FLOPs a token of a forward pass to all logits, in documents of seq_len tokens."""
+        return sum(forward_flops(network, self.seq_len).values())
+
+    def layers_of(self, measure: Callable[[nn.Module], float]) -> int:
+        """The number of layers with which one Transformer comes nearest to the mixture in `measure`."""
+        wanted, before = measure(self.mixture()), 0.0
+        for layers in range(1, MAX_LAYERS):
+            now = measure(self.lone("transformer", num_layers=layers))
+            if now >= wanted:
+                return layers if now - wanted <= wanted - before or layers == 1 else layers - 1
+            before = now
+        raise UserError(
+            f"no Transformer of fewer than {MAX_LAYERS} layers is the mixture's equal: check experts.*"
+        )
+
+    def steps_of(self, flops: float) -> int:
+        """Optimizer steps of the Transformer expert that take so many FLOPs."""
+        training = self.run.plain(self.run.cfg.training.transformer)
+        tokens = training["batch_size"] * training["accumulate"] * self.seq_len
+        return max(1, round(flops / (training_flops(self.lone("transformer"), self.seq_len) * tokens)))
+
+    def training(self, name: str, maker: Maker, network: ExpertLM | None = None) -> float:
+        """FLOPs of the planned steps of an expert or stage (`7a` to `7d`); network: another than the settings'."""
+        if name == "7a":
+            return maker.spec["static_tokens"] * self.inference_flops(self.mixture())
+        tokens = planned_tokens(maker.spec["fit"])
+        if name not in TRAINABLE:
+            return tokens * self._expert(name, network or self.lone(name))
+        network = self.mixture(maker.spec["experts"])
+        if name != "7b":
+            return tokens * training_flops(network, self.seq_len, TRAINABLE[name])
+        once = maker.spec["fit"]["loader"].get("train_tokens", tokens)
+        cached = training_flops(network, self.seq_len, TRAINABLE[name], cached=True)
+        return tokens * cached + min(once, tokens) * filling_flops(network, self.seq_len)
+
+    def _expert(self, name: str, network: ExpertLM) -> float:
+        """FLOPs of a training token of an expert."""
+        training = self.run.plain(self.run.cfg.training[name])
+        trained = None if training["trains_embedding"] else ("expert.",)
+        teacher = None if "mse_weight" not in training else self.lone("transformer")
+        return training_flops(network, self.seq_len, trained, teacher=teacher)
+
+
+def planned_tokens(fit: dict[str, Any]) -> int:
+    """Tokens that a fit reads if it is not stopped early, from its spec; its text must be limited."""
+    step = fit["batch_size"] * fit["accumulate"] * fit["seq_len"]
+    if fit["max_steps"]:
+        return fit["max_steps"] * step
+    batches = -(-fit["loader"]["train_tokens"] // (fit["batch_size"] * fit["seq_len"]))
+    return fit["max_epochs"] * max(1, batches // fit["accumulate"]) * step

@@ -1,0 +1,74 @@
+"""The gates of one seed of a study, from what was measured on validation text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+from nano_think.evals import gates
+from nano_think.evals.bootstrap import Difference, paired_difference
+from nano_think.evals.losses import DocumentLosses
+from nano_think.evals.report import plain
+from nano_think.phases.study_measure import load_losses, losses_maker
+from nano_think.phases.study_plan import EXPERTS, Plan
+
+# What a final table has to hold.
+REQUIRED = (
+    "best_expert",
+    "uniform_prob",
+    "static",
+    "finetuned_transformer",
+    "equal_parameters",
+    "equal_training_flops",
+    "equal_inference_flops",
+    "seed_pool",
+)
+
+
+def study_gates(plan: Plan, evidence: dict[str, Any], test_reads: int) -> list[dict[str, Any]]:
+    """G1 to G8 as plain values; test text decides none of them but whether the last table is whole."""
+    losses = load_losses(plan, losses_maker(plan, "validation"))
+    loss = {key: value.loss() for key, value in losses.items()}
+    static = plan.result(plan.trained["fused_7a"])
+    best = min(EXPERTS, key=lambda name: loss[name])
+    curve = {row["steps"]: row["loss"]["estimate"] for row in evidence["denoiser"]["steps_curve"]["curve"]}
+    fused_steps = plan.run.cfg.experts.diffuser.fused_steps
+    over_best = paired_difference(losses["static"], losses[best])
+    routing = evidence["routing"]
+
+    def minus(model: str, baseline: str) -> Difference | None:
+        return paired_difference(losses[model], losses[baseline]) if model in losses else None
+
+    found = [
+        gates.transformer_gate(loss["transformer"], loss["bigram"]),
+        gates.state_space_gate(loss["state_space"], loss["transformer"]),
+        gates.diffuser_gate(loss["diffuser"], loss["bigram"], curve, fused_steps),
+        gates.usefulness_gate(static["gap"], static["mean_kl"], static["reference"]),
+        gates.static_gain_gate(-over_best.estimate, standard_error(over_best)),
+        gates.router_gate(minus("fused_7b", "static"), routing["information"], routing["p_value"]),
+        gates.training_gate(minus("fused_7c", "fused_7b"), minus("fused_7c", "finetuned_transformer")),
+        gates.memory_gate(_shuffled(evidence), minus("fused_7d", "fused_7c")),
+        _final(plan, test_reads),
+    ]
+    return [plain(asdict(gate)) for gate in found]
+
+
+def standard_error(difference: Difference) -> float:
+    """Of an estimate with a 95% interval."""
+    return (difference.high - difference.low) / (2 * 1.96)
+
+
+def _shuffled(evidence: dict[str, Any]) -> Any:
+    """Real minus shuffled memory, None without a memory."""
+    measured = evidence.get("memory", {}).get("R1", {}).get("differences", {}).get("real - shuffled")
+    return SimpleNamespace(**measured) if measured else None
+
+
+def _final(plan: Plan, test_reads: int) -> gates.Gate:
+    losses: dict[str, DocumentLosses] = load_losses(plan, losses_maker(plan, "test"))
+    best = min(EXPERTS, key=lambda name: losses[name].loss())
+    fused = losses["fused_7c"]
+    others = {**losses, "best_expert": losses[best]}
+    differences = {name: paired_difference(fused, others[name]) for name in REQUIRED}
+    return gates.final_gate(differences, REQUIRED, test_reads)

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from nano_think.errors import UserError
+from nano_think.evals.study_record import MODELS, StudyRecord
+from nano_think.phases import study_fits
+from nano_think.phases.expert import expert_maker
+from nano_think.phases.mla import mla_maker
+from nano_think.phases.study_costs import planned_tokens
+from nano_think.phases.study_fits import make_all
+from nano_think.phases.study_plan import EXPERTS, FAMILIES, SINGLE, Plan
+from nano_think.phases.study_tuning import tune
+
+LIMITS = ("study.expert_tokens=6400", "study.fusion_tokens=1600", "study.evidence_tokens=2000")
+SHORT = tuple(f"++training.{name}.max_steps=4" for name in EXPERTS)
+SHORT += tuple(f"++training.mla.stage_{stage}.max_steps=3" for stage in ("7b", "7c", "7d"))
+QUICK = (
+    "study.seeds=[1,2]",
+    "study.tuning.factors=[1.0]",
+    "study.tuning.fusion_factors=[1.0]",
+    "study.pool=2",
+)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory, shared_project):
+    with shared_project(tmp_path_factory.mktemp("plan")) as project:
+        plan = Plan(project.new("phase=study", *LIMITS), seed=3, domains=2)
+        assert plan.trained  # described once, while there is something to compose with
+    return plan
+
+
+def layers(maker):
+    return maker.spec["network"]["num_layers"]
+
+
+def test_single_transformers_are_the_nearest_to_the_mixture(plan):
+    costs, mixture = plan.costs, plan.costs.mixture()
+    for family, measure in {
+        "equal_parameters": costs.parameters,
+        "equal_inference_flops": costs.inference_flops,
+    }.items():
+        chosen = layers(plan.fit(family))
+
+        def distance(num_layers, measure=measure):
+            return abs(measure(costs.lone("transformer", num_layers=num_layers)) - measure(mixture))
+
+        assert distance(chosen) <= min(distance(chosen - 1), distance(chosen + 1)), family
+        assert chosen > layers(plan.fit("transformer"))
+
+
+def test_equal_training_flops_takes_what_the_whole_mixture_took(plan):
+    costs = plan.costs
+    spent = {name: costs.training(name, plan.fit(name)) for name in EXPERTS}
+    spent |= {stage: costs.training(stage, plan.trained[f"fused_{stage}"]) for stage in ("7a", "7b", "7c")}
+    assert all(value > 0 for value in spent.values())
+    alone = plan.fit("equal_training_flops")
+    step = costs.training("transformer", alone) / alone.spec["fit"]["max_steps"]
+    assert abs(costs.training("transformer", alone) - sum(spent.values())) <= step
+    # the cached stage costs less than the one whose gradients pass through the experts
+    tokens = {stage: planned_tokens(plan.trained[f"fused_{stage}"].spec["fit"]) for stage in ("7b", "7c")}
+    assert spent["7b"] / tokens["7b"] < spent["7c"] / tokens["7c"]
+
+
+def test_everybody_reads_what_it_may(plan):
+    def read(maker):
+        return maker.spec["fit"]["loader"]["train_tokens"], maker.spec["fit"]["split"]
+
+    trained = plan.trained
+    for name in (*EXPERTS, "seed_pool_1"):
+        assert read(trained[name]) == (6400, "expert_train")
+    for name in SINGLE:
+        assert read(trained[name]) == (6400 + 1600, "expert_train")
+    for name in ("fused_7b", "fused_7c", "fused_7d", "finetuned_transformer"):
+        assert read(trained[name]) == (1600, "fusion_train")
+    assert trained["fused_7a"].spec["static_tokens"] == 1600
+    # memory: 6,400 tokens of two domains in rows of 64
+    assert trained["fused_7d"].spec["store"]["rows"] == 50
+
+
+def test_the_mixture_is_made_of_the_experts_that_are_compared(plan):
+    needs = plan.trained["fused_7a"].needs
+    assert {name: needs[name].recipe.hash for name in EXPERTS} == {
+        name: plan.trained[name].recipe.hash for name in EXPERTS
+    }
+    seeds = {name: maker.spec["fit"]["seed"] for name, maker in plan.trained.items() if "fit" in maker.spec}
+    assert seeds.pop("seed_pool_1") == 1003
+    assert seeds.pop("seed_pool_2") == 2003
+    assert set(seeds.values()) == {3}
+
+
+def test_rates_reach_their_own_family_and_the_experts_below_a_mixture(plan):
+    rates = {name: 0.001 * (number + 1) for number, name in enumerate(FAMILIES)}
+    tuned = Plan(plan.run, plan.seed, plan.domains, rates)
+    for family in FAMILIES:
+        assert tuned.fit(family).spec["fit"]["lr"] == pytest.approx(rates[family]), family
+    experts = tuned.trained["fused_7a"].needs
+    assert [experts[name].spec["fit"]["lr"] for name in EXPERTS] == [rates[name] for name in EXPERTS]
+
+
+def test_a_command_makes_the_very_artefact(plan, project):
+    """The report prints these commands, and fits beside each other are started by them."""
+    for key in ("diffuser", "equal_parameters", "fused_7c", "finetuned_transformer"):
+        maker = plan.trained[key]
+        words = maker.command.split()[2:]
+        run = project.new(
+            *[word for word in words if not word.startswith(("size=", "data.root=", "run.root="))]
+        )
+        if key in ("diffuser", "equal_parameters"):
+            again = expert_maker(run, "diffuser" if key == "diffuser" else "transformer")
+        else:
+            again = mla_maker(run, "7c")
+        assert again.recipe.hash == maker.recipe.hash, key
+
+
+def test_a_study_of_some_experts_is_refused(project):
+    with pytest.raises(UserError, match="use expert=all"):
+        Plan(project.new("phase=study", "expert=transformer"), 1, 2)
+
+
+def test_a_fit_that_fails_is_shown(plan, monkeypatch, tmp_path):
+    broken = tmp_path / "train.py"
+    broken.write_text("import sys; print('out of luck'); sys.exit(3)")
+    monkeypatch.setattr(study_fits, "ENTRY", broken)
+    with pytest.raises(
+        UserError, match=r"transformer \w+ was not made by `python train.py.*(?s:.)*out of luck"
+    ):
+        make_all(plan.run, [plan.fit("transformer")], workers=2)
+
+
+@pytest.mark.slow
+def test_two_workers_make_what_one_makes(plan, project):
+    first = plan.fit("transformer", "++training.transformer.max_steps=2")
+    second = plan.fit("transformer", "++training.transformer.max_steps=2", seed=5)
+    make_all(plan.run, [first, second], workers=2)
+    assert all(maker.recipe.exists(plan.run.artifacts) for maker in (first, second))
+    assert plan.result(first)["val_loss"] != plan.result(second)["val_loss"]
+
+
+def test_the_best_rate_on_validation_is_chosen_with_equal_trials(project):
+    run = project.new(
+        "phase=study",
+        *LIMITS,
+        *SHORT,
+        "study.tuning={factors: [0.01, 1.0], fusion_factors: [1.0], share: 0.5}",
+    )
+    trials = tune(Plan(run, 1, 2), workers=1)
+    for family, where in FAMILIES.items():
+        own = [trial for trial in trials if trial.family == family]
+        assert len(own) == (2 if where.phase == "expert" else 1)
+        assert [trial.chosen for trial in own].count(True) == 1
+        assert next(t for t in own if t.chosen).val_loss == min(trial.val_loss for trial in own)
+        if where.phase == "expert" and family in EXPERTS:
+            assert {trial.tokens for trial in own} == {2 * 8 * 64}
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory, shared_project):
+    """A study of two seeds with four steps a fit, in a project of its own."""
+    with shared_project(tmp_path_factory.mktemp("study")) as project:
+        project.result, project.first = project.go("phase=study", *LIMITS, *SHORT, *QUICK)
+    return project
+
+
+def test_a_study_leaves_a_whole_record_and_a_report(studied, printed):
+    out = studied.root / "study"
+    record = StudyRecord.load(out)
+    assert record.missing() == []
+    assert list(record.models) == list(MODELS)
+    assert record.facts["test_reads"] == 2
+    assert record.digest() == studied.result["digest"]
+    for seed in (1, 2):
+        pools = {key: record.of(key, "test", seed).loss() for key in MODELS}
+        assert pools["oracle_token"] <= pools["oracle_document"] <= min(pools[name] for name in EXPERTS)
+        worst = max(pools[name] for name in EXPERTS)
+        assert pools["uniform_prob"] <= worst
+        assert pools["static"] <= worst
+    assert (out / "report.md").is_file()
+    assert (out / "report.html").is_file()
+    text = printed(studied.first)
+    assert "report" in text
+    assert record.digest() in text
+
+
+def test_a_study_that_is_run_again_reads_no_test_text(studied):
+    before = (studied.root / "study" / "study.json").read_bytes()
+    result, run = studied.go("phase=study", *LIMITS, *SHORT, *QUICK)
+    assert (studied.root / "study" / "study.json").read_bytes() == before
+    assert not any("building" in line for line in run.console.file.getvalue().splitlines())
+    assert result["digest"] == studied.result["digest"]
+
+
+def test_a_report_is_drawn_from_the_record_alone(studied, project, tmp_path):
+    copy = tmp_path / "kept"
+    shutil.copytree(studied.root / "study", copy)
+    drawn = (copy / "report.md").read_bytes()
+    for path in (copy / "report.md", copy / "report.html"):
+        path.unlink()
+    project.go("phase=study", "study.redraw=true", f"study.out={copy}")
+    assert (copy / "report.md").read_bytes() == drawn
+
+
+def test_tries_are_copied_and_checked(studied, project):
+    out = studied.root / "study"
+    (out / "tries.yaml").write_text(
+        "- {what: more data, why: it helps, val_before: 2.0, val_after: 1.9, kept: true}"
+    )
+    studied.go("phase=study", *LIMITS, *SHORT, *QUICK)
+    assert json.loads((out / "study.json").read_text())["tries"][0]["what"] == "more data"
+    (out / "tries.yaml").write_text("what: more data")
+    with pytest.raises(UserError, match="must be a list of tries"):
+        studied.go("phase=study", *LIMITS, *SHORT, *QUICK)
