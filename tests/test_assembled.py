@@ -229,6 +229,7 @@ class TestDecoding:
         extend = type(model).extend
 
         def spy(tokens: Tensor, state: Any, **options: Any) -> Any:
+            options.pop("last_only", None)  # every position of the prompt is looked at
             output = extend(model, tokens, state, **options)
             said.append(everything(output, options.get("memory")))
             return output

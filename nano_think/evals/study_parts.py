@@ -24,7 +24,10 @@ def denoiser(report: Report, value: Values, folder: Path) -> None:
         if name in drawn:
             title, draw = drawn[name]
             report.heading(title, 3)
-            draw(report, part, folder)
+            if set(part) == {"reason"}:
+                report.text(str(part["reason"]))
+            else:
+                draw(report, part, folder)
         else:
             generic(report, part, name.replace("_", " "))
 

@@ -41,7 +41,7 @@ def model_facts(plan: Plan) -> dict[str, dict[str, Any]]:
     }
 
 
-def _measured(plan: Plan) -> dict[str, dict[str, float]]:
+def _measured(plan: Plan) -> dict[str, dict[str, Any]]:
     costs, trained = plan.costs, plan.trained
     alone = {name: costs.lone(name) for name in EXPERTS}
     of = {
@@ -75,9 +75,9 @@ def _measured(plan: Plan) -> dict[str, dict[str, float]]:
     return of
 
 
-def _facts(parameters: float, training_flops: float, inference_flops: float) -> dict[str, float]:
+def _facts(parameters: float, training_flops: float, inference_flops: float) -> dict[str, Any]:
     return {
-        "parameters": parameters,
+        "parameters": int(parameters),
         "training_flops": training_flops,
         "inference_flops_per_token": inference_flops,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,8 @@ from nano_think.phases.study_models import model_facts
 from nano_think.phases.study_plan import Plan
 from nano_think.phases.study_tuning import Trial
 
-# What was tried to improve the mixture, written by hand beside the record.
-TRIES = "tries.yaml"
+# What people have to say, beside the record.
+NOTES = "notes.yaml"
 
 
 def write_record(out: Path, plans: Sequence[Plan], trials: Sequence[Trial], seeds: Sequence[int]) -> str:
@@ -36,18 +37,26 @@ def write_record(out: Path, plans: Sequence[Plan], trials: Sequence[Trial], seed
     }
     facts = {
         "question": first.settings["question"],
-        "commands": [first.run.command(phase="study")],
-        "settings": {**first.settings, "seeds": list(seeds), "size": first.run.plain(first.run.cfg.size)},
+        "commands": [portable(first.run.command(phase="study"))],
+        "settings": _settings(first, seeds),
         "machine": versions()["machine"],
         "versions": versions(),
         "data": _data(first, losses["test", first.seed]),
         "models": model_facts(first),
         "tuning": [asdict(trial) for trial in trials],
         "seeds": {str(plan.seed): _seed(plan) for plan in plans},
-        "tries": _tries(out),
+        **_by_hand(out),
         "test_reads": max(test_reads(plan) for plan in plans),
     }
     return StudyRecord(facts, losses).save(out)
+
+
+def portable(command: str) -> str:
+    """A command as it can be typed elsewhere: the corpus is $DATA, results lie where they lie by default."""
+    words = [word for word in shlex.split(command) if not word.startswith(("run.root=", "study.out="))]
+    return " ".join(
+        "data.root=$DATA" if word.startswith("data.root=") else shlex.quote(word) for word in words
+    )
 
 
 def draw(out: Path, run: Run) -> Path:
@@ -55,6 +64,16 @@ def draw(out: Path, run: Run) -> Path:
     digest = write_study_report(out)
     run.say(f"[bold]report[/bold]: {out / 'report.md'}, {out / 'report.html'}\n[bold]record[/bold]: {digest}")
     return out / "report.md"
+
+
+def _settings(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
+    """What decides the figures, without where they go and how many processes made them."""
+    kept = {
+        key: value
+        for key, value in plan.settings.items()
+        if key not in ("question", "out", "workers", "redraw")
+    }
+    return {**kept, "seeds": list(seeds), "size": plan.run.plain(plan.run.cfg.size)}
 
 
 def _data(plan: Plan, test: StudyLosses) -> dict[str, Any]:
@@ -84,20 +103,23 @@ def _seed(plan: Plan) -> dict[str, Any]:
         fall = fall_per_epoch(result["history"], result["steps"] / result["epochs"])
         fits[key] = {name: result[name] for name in kept if name in result}
         fits[key] |= {"fall_per_epoch": fall, "lr": fit["lr"], "hash": maker.recipe.hash}
-        fits[key]["command"] = maker.command
+        fits[key]["command"] = portable(maker.command)
     static = plan.result(plan.trained["fused_7a"])
     evidence = load_evidence(plan)
     gates = study_gates(plan, evidence, test_reads(plan))
     return {"fits": fits, "static": static, "gates": gates, "evidence": evidence}
 
 
-def _tries(out: Path) -> list[dict[str, Any]]:
-    path = out / TRIES
+def _by_hand(out: Path) -> dict[str, Any]:
+    """What people wrote beside the record: tries, reasons by model key, what would change their mind."""
+    path = out / NOTES
     if not path.is_file():
-        return []
-    tries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(tries, list) or not all(isinstance(one, dict) for one in tries):
+        return {"tries": []}
+    notes = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kinds = {"tries": list, "reasons": dict, "change_our_mind": list}
+    if not isinstance(notes, dict) or any(not isinstance(notes[key], kinds.get(key, ())) for key in notes):
         raise UserError(
-            f"{path} must be a list of tries, each with what, why, command, val_before, val_after"
+            f"{path} holds tries (a list of what, why, command, val_before, val_after, kept), reasons (a text by "
+            "model) and change_our_mind (a list of texts), and nothing else"
         )
-    return tries
+    return {"tries": [], **notes}

@@ -13,6 +13,7 @@ from nano_think.phases.mla import mla_maker
 from nano_think.phases.study_costs import planned_tokens
 from nano_think.phases.study_fits import make_all
 from nano_think.phases.study_plan import EXPERTS, FAMILIES, SINGLE, Plan
+from nano_think.phases.study_record import portable
 from nano_think.phases.study_tuning import tune
 
 LIMITS = ("study.expert_tokens=6400", "study.fusion_tokens=1600", "study.evidence_tokens=2000")
@@ -204,13 +205,21 @@ def test_a_report_is_drawn_from_the_record_alone(studied, project, tmp_path):
     assert (copy / "report.md").read_bytes() == drawn
 
 
-def test_tries_are_copied_and_checked(studied, project):
-    out = studied.root / "study"
-    (out / "tries.yaml").write_text(
-        "- {what: more data, why: it helps, val_before: 2.0, val_after: 1.9, kept: true}"
-    )
+def test_notes_are_copied_and_checked(studied, project):
+    notes = studied.root / "study" / "notes.yaml"
+    notes.write_text("tries: [{what: more data, why: it helps, val_before: 2.0, val_after: 1.9, kept: true}]")
     studied.go("phase=study", *LIMITS, *SHORT, *QUICK)
-    assert json.loads((out / "study.json").read_text())["tries"][0]["what"] == "more data"
-    (out / "tries.yaml").write_text("what: more data")
-    with pytest.raises(UserError, match="must be a list of tries"):
-        studied.go("phase=study", *LIMITS, *SHORT, *QUICK)
+    facts = json.loads((studied.root / "study" / "study.json").read_text())
+    assert facts["tries"][0]["what"] == "more data"
+    for wrong in ("tries: more data", "trials: []", "- more data"):
+        notes.write_text(wrong)
+        with pytest.raises(UserError, match=r"notes\.yaml holds tries"):
+            studied.go("phase=study", *LIMITS, *SHORT, *QUICK)
+    notes.unlink()
+
+
+def test_commands_name_no_folder_of_this_machine():
+    typed = (
+        "python train.py phase=study 'data.root=/home/me/my texts' seed=2 run.root=/tmp/x study.out=/tmp/y"
+    )
+    assert portable(typed) == "python train.py phase=study data.root=$DATA seed=2"
