@@ -13,7 +13,7 @@ SKIPS = ("skip", "skipif", "xfail")
 ROWS = re.findall(
     r"^\| ([MA]\d{3}) \| (\S+) \| (.*) \|$", (ROOT / "docs" / "coverage.md").read_text(), flags=re.M
 )
-IDS = [f"M{i:03}" for i in range(1, 30)] + [f"A{i:03}" for i in range(1, 261)]
+IDS = [f"M{i:03}" for i in range(1, 30)] + [f"A{i:03}" for i in range(1, 267)]
 
 
 @lru_cache

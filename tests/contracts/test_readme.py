@@ -83,7 +83,7 @@ def test_options_that_are_named_exist() -> None:
 
 def test_the_table_of_sizes_is_true(composed: Callable[..., DictConfig]) -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| ([\d,]+) \| (\d+) \|", README, flags=re.M)
-    assert len(rows) == 4
+    assert len(rows) == 5
     for name, *numbers in rows:
         size = composed(f"size={name}").size
         assert [int(n.replace(",", "")) for n in numbers] == [size.d_model, size.vocab_size, size.seq_len]
