@@ -14,14 +14,13 @@ from nano_think.phases.study_costs import planned_tokens
 from nano_think.phases.study_fits import make_all
 from nano_think.phases.study_plan import EXPERTS, FAMILIES, SINGLE, Plan
 from nano_think.phases.study_record import portable
-from nano_think.phases.study_tuning import tune
 
 LIMITS = ("study.expert_tokens=6400", "study.fusion_tokens=1600", "study.evidence_tokens=2000")
 SHORT = tuple(f"++training.{name}.max_steps=4" for name in EXPERTS)
 SHORT += tuple(f"++training.mla.stage_{stage}.max_steps=3" for stage in ("7b", "7c", "7d"))
 QUICK = (
     "study.seeds=[1,2]",
-    "study.tuning.factors=[1.0]",
+    "study.tuning.factors=[0.01, 1.0]",
     "study.tuning.fusion_factors=[1.0]",
     "study.pool=2",
 )
@@ -142,23 +141,6 @@ def test_two_workers_make_what_one_makes(plan, project):
     assert plan.result(first)["val_loss"] != plan.result(second)["val_loss"]
 
 
-def test_the_best_rate_on_validation_is_chosen_with_equal_trials(project):
-    run = project.new(
-        "phase=study",
-        *LIMITS,
-        *SHORT,
-        "study.tuning={factors: [0.01, 1.0], fusion_factors: [1.0], share: 0.5}",
-    )
-    trials = tune(Plan(run, 1, 2), workers=1)
-    for family, where in FAMILIES.items():
-        own = [trial for trial in trials if trial.family == family]
-        assert len(own) == (2 if where.phase == "expert" else 1)
-        assert [trial.chosen for trial in own].count(True) == 1
-        assert next(t for t in own if t.chosen).val_loss == min(trial.val_loss for trial in own)
-        if where.phase == "expert" and family in EXPERTS:
-            assert {trial.tokens for trial in own} == {2 * 8 * 64}
-
-
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory, shared_project):
     """A study of two seeds with four steps a fit, in a project of its own."""
@@ -185,6 +167,18 @@ def test_a_study_leaves_a_whole_record_and_a_report(studied, printed):
     text = printed(studied.first)
     assert "report" in text
     assert record.digest() in text
+
+
+def test_the_best_rate_on_validation_is_chosen_with_equal_trials(studied):
+    trials = StudyRecord.load(studied.root / "study").facts["tuning"]
+    for family, where in FAMILIES.items():
+        own = [trial for trial in trials if trial["family"] == family]
+        assert len(own) == (2 if where.phase == "expert" else 1)
+        assert [trial["chosen"] for trial in own].count(True) == 1
+        assert next(t for t in own if t["chosen"])["val_loss"] == min(trial["val_loss"] for trial in own)
+        if family in EXPERTS:
+            # a fifth of four steps of 8 x 64 tokens, and at least one
+            assert {trial["tokens"] for trial in own} == {8 * 64}
 
 
 def test_a_study_that_is_run_again_reads_no_test_text(studied):
