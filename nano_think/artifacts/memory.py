@@ -51,6 +51,11 @@ class Memory:
         """Leaky options that are on, see `nano_think.nn.leaks`."""
         return self.retriever.leaks
 
+    @property
+    def flops_options(self) -> dict[str, Any]:
+        """What reading it costs, as `evals.flops` takes it: every query meets every key."""
+        return {"slots": self.retriever.k, "chunk": self.retriever.chunk, "records": len(self.store)}
+
     def slots(self, batch: Mapping[str, Tensor]) -> MemorySlots:
         """Slots of a batch; a document never finds itself or a near copy."""
         reader = Reader(doc_uid=batch["doc_uid"], cluster=batch["cluster"], splits=(SPLIT,))

@@ -1,20 +1,30 @@
-"""Tokens per second of training, without the time that validation takes."""
+"""Tokens and FLOPs per second of training, without the time that validation takes."""
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
 import lightning as L
 
+log = logging.getLogger(__name__)
+
 
 class Throughput(L.Callback):
-    """Logs `train/tokens_per_second` over the steps since the last log, and `train/tokens` in all."""
+    """Logs `train/tokens_per_second` over the steps since the last log, and `train/tokens` in all.
 
-    def __init__(self) -> None:
+    flops_per_token: of a training step without what it computes again. With it comes `train/flops_per_second`.
+    peak_flops: FLOP/s of large matrix products on this machine. With both comes `train/mfu`, the share of the peak
+        that the model uses; above 1 it cannot be, and an error says so once.
+    """
+
+    def __init__(self, flops_per_token: float | None = None, peak_flops: float | None = None) -> None:
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.tokens = 0
         self._since: float | None = None
         self._new = 0
+        self._complained = False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -37,6 +47,8 @@ class Throughput(L.Callback):
             rate = self._new / max(time.perf_counter() - self._since, 1e-9)
             pl_module.log("train/tokens_per_second", rate, prog_bar=True)
             pl_module.log("train/tokens", float(self.tokens))
+            for name, value in self._of_flops(rate).items():
+                pl_module.log(name, value)
             self._since, self._new = None, 0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -50,3 +62,24 @@ class Throughput(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.tokens = state_dict["tokens"]
+
+    def _of_flops(self, rate: float) -> dict[str, float]:
+        """What can be said of FLOPs at so many tokens a second."""
+        if self.flops_per_token is None:
+            return {}
+        achieved = {"train/flops_per_second": rate * self.flops_per_token}
+        if self.peak_flops is None:
+            return achieved
+        mfu = achieved["train/flops_per_second"] / self.peak_flops
+        if mfu > 1 and not self._complained:
+            self._complained = True
+            log.error(
+                "MFU = flops_per_token x tokens/s / peak = %.3g x %.3g / %.3g = %.3g is above 1: either a module "
+                "states more products than it computes (nano_think.nn.flops), or the peak was measured while the "
+                "machine was busy (nano_think.phases.cost.gemm_peak)",
+                self.flops_per_token,
+                rate,
+                self.peak_flops,
+                mfu,
+            )
+        return {**achieved, "train/mfu": mfu}

@@ -51,6 +51,7 @@ class StaticFit:
     """Best constant weights (N,), their loss, each expert's loss (N,) and the loss after every step, nats.
 
     token_nll: (T, N) loss of each labelled token by each expert, fp64 on the CPU.
+    products: how often the fit multiplied one vector by the head.
     """
 
     weights: Tensor
@@ -58,6 +59,7 @@ class StaticFit:
     nll_per_expert: Tensor
     token_nll: Tensor
     history: list[float] = field(default_factory=list)
+    products: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def fit_static_weights(
         ]
     for problem in problems:
         weights, history = _newton(problem, weights, floor, steps)
-    return StaticFit(weights, history[-1], nll.mean(dim=0), nll, history)
+    products = nll.numel() + sum(problem.products for problem in problems)
+    return StaticFit(weights, history[-1], nll.mean(dim=0), nll, history, products)
 
 
 @torch.no_grad()
@@ -142,7 +145,12 @@ def usefulness(
 
 
 class Problem(Protocol):
-    """Mean loss of a pool as a function of constant weights (N,), fp64 on the CPU."""
+    """Mean loss of a pool as a function of constant weights (N,), fp64 on the CPU.
+
+    products: of one vector with the head, so far.
+    """
+
+    products: int
 
     def loss(self, weights: Tensor) -> float:
         """Nats a token."""
@@ -155,7 +163,7 @@ class _LinearProblem:
     """-mean log sum_e w_e p_e, from log p_e of the labels (T, N)."""
 
     def __init__(self, log_p: Tensor) -> None:
-        self.log_p = log_p
+        self.log_p, self.products = log_p, 0
 
     def loss(self, weights: Tensor) -> float:
         return -self._pooled(weights).mean().item()
@@ -173,13 +181,16 @@ class _GeometricProblem:
 
     def __init__(self, experts: list[Tensor], head: Tensor, labels: Tensor, chunk: int) -> None:
         self.hidden, self.head, self.labels, self.chunk = torch.stack(experts, dim=1), head, labels, chunk
+        self.products = 0
 
     def loss(self, weights: Tensor) -> float:
+        self.products += len(self.labels)
         nll = linear_cross_entropy(self._mixed(self.hidden, weights), self.head, self.labels, self.chunk)
         return nll.double().mean().item()
 
     def slopes(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         n = len(weights)
+        self.products += n * len(self.labels)
         grad, hessian = torch.zeros(n).double(), torch.zeros(n, n).double()
         for rows in torch.arange(len(self.labels), device=self.labels.device).split(self.chunk):
             logits = F.linear(self.hidden[rows], self.head).float()

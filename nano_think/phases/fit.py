@@ -29,7 +29,7 @@ class Fit:
     """Numbers and parts of one fit, resolved from the phase, the expert and what the user set.
 
     training: the numbers of the phase or expert (lr, weight_decay, warmup_steps, batch_size, accumulate,
-    max_epochs, max_steps, patience); the `optimizer` and `trainer` nodes win where they are not null.
+    max_epochs, max_steps, max_flops, patience); the `optimizer` and `trainer` nodes win where they are not null.
     label: name of the fit on screen and of its folder of logs. key: of `training` in the settings.
     """
 
@@ -42,19 +42,33 @@ class Fit:
         asked = {key: self.trainer[key] for key in ("max_steps", "max_epochs") if key in self.trainer}
         # who asks for epochs alone does not want the steps that the phase or expert states
         by_epochs = {"max_steps": None} if "max_epochs" in asked else {}
-        self.training = {"max_steps": None, **training, **by_epochs, **asked}
+        self.training = {"max_steps": None, "max_flops": None, **training, **by_epochs, **asked}
         for key in ("max_steps", "max_epochs"):
             if self.training[key] is not None and self.training[key] < 1:
                 raise UserError(f"{key}={self.training[key]} trains nothing: give at least 1")
+        self._check_budget(asked)
         self.accumulate = self.trainer.get("accumulate_grad_batches") or training["accumulate"]
+
+    def _check_budget(self, asked: dict[str, Any]) -> None:
+        """Raise UserError for a budget that is none, and for two answers to how long the fit is."""
+        budget = self.training["max_flops"]
+        if budget is None:
+            return
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or budget <= 0:
+            raise UserError(f"max_flops={budget} of {self.label} is no budget: give FLOPs, such as 1e13")
+        if asked:
+            raise UserError(
+                f"max_flops of {self.label} and trainer.{next(iter(asked))} both say how long it trains: give one"
+            )
 
     @property
     def spec(self) -> dict[str, Any]:
         """The values that decide the outcome, for the recipe."""
         keys = ("lr", "weight_decay", "warmup_steps", "batch_size", "max_epochs", "max_steps", "patience")
-        cfg = self.run.cfg
+        cfg, budget = self.run.cfg, self.training["max_flops"]
         return {
             **{key: self.training[key] for key in keys},
+            **({} if budget is None else {"max_flops": budget}),
             "accumulate": self.accumulate,
             "optimizer": self.optimizer,
             "schedule": self.run.plain(cfg.schedule),
@@ -87,7 +101,7 @@ class Fit:
         return {"optimizer": instantiate(settings, _convert_="all"), "schedule": schedule}
 
     def steps(self, data: TokenDataModule) -> tuple[int, int]:
-        """Planned optimizer steps, and those of an epoch."""
+        """Planned optimizer steps where no budget decides, and those of an epoch."""
         per_epoch = max(1, data.steps_per_epoch // self.accumulate)
         return self.training["max_steps"] or self.training["max_epochs"] * per_epoch, per_epoch
 

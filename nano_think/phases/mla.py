@@ -20,12 +20,13 @@ from nano_think.artifacts.build import check as check_network
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, save_fused
 from nano_think.artifacts.memory import Memory, build_memory, load_memory, save_memory
 from nano_think.errors import UserError
+from nano_think.evals.flops import forward_flops
 from nano_think.evals.pools import ExpertOutputs, expert_outputs
 from nano_think.evals.report import Table, render_table
 from nano_think.files import write_json
 from nano_think.model import NanoThink
 from nano_think.nn.leaks import leaks, refusal
-from nano_think.ops.pooling import fit_static_weights, usefulness
+from nano_think.ops.pooling import StaticFit, fit_static_weights, usefulness
 from nano_think.phases.data import shards_maker
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.fit import Fit
@@ -177,7 +178,20 @@ def _static(run: Run, maker: Maker, fit: Fit, path: Path) -> dict[str, Any]:
         "tokens": len(labels),
     }
     write_json(path / "static.json", result)
+    result |= {
+        "trained_parameters": len(fitted.weights),
+        "flops": _static_flops(model, data, fitted, len(labels)),
+    }
     return result | Judge(model, data, tokenizer, path).static(sample, fitted, result)
+
+
+def _static_flops(model: NanoThink, data: TokenDataModule, fitted: StaticFit, num_tokens: int) -> float:
+    """What 7a takes: the experts' outputs once, and the products of the fit with the head."""
+    from nano_think.phases.cost import document_length  # here, as it imports Lightning
+
+    outputs = forward_flops(model, document_length(data, SPLIT))
+    experts = sum(flops for name, flops in outputs.items() if name.startswith(("mla", "experts.")))
+    return num_tokens * experts + fitted.products * 2 * model.embedding.weight.numel()
 
 
 def _sample(model: NanoThink, data: TokenDataModule, num_tokens: int) -> ExpertOutputs:
@@ -233,7 +247,10 @@ def expert_cache(
         return None
     steps, _ = fit.steps(data)
     drawn = steps * fit.accumulate * data.batch_size
-    rows = min(drawn, data.num_rows(SPLIT)) + data.num_rows(data.val_split, data.val_rows)
+    trained = data.num_rows(SPLIT)
+    if fit.training["max_flops"] is None:  # how long a budget lasts is known later
+        trained = min(drawn, trained)
+    rows = trained + data.num_rows(data.val_split, data.val_rows)
     cache = ExpertCache(model, rows, data.seq_len)
     size = cache.bytes / 1e9
     folder.mkdir(parents=True, exist_ok=True)

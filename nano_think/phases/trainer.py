@@ -26,6 +26,7 @@ from nano_think.optim.schedule import capped_warmup
 from nano_think.phases import arithmetic, memory
 from nano_think.phases.choices import Choices
 from nano_think.phases.compiling import compiled
+from nano_think.phases.cost import Cost, cost_of, gemm_peak, within_budget
 from nano_think.phases.fit import Fit
 from nano_think.phases.probe import PROBE_TOKENS, Probe
 from nano_think.phases.scan_backend import choose_scan, chosen_scan
@@ -58,14 +59,19 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
 
     work: where the newest state is kept; with resume=auto a fit that finds one there goes on from it.
     """
-    max_steps, per_epoch = fit.steps(data)
+    planned, per_epoch = fit.steps(data)
+    cost = cost_of(fit, task, data)
+    max_steps = within_budget(fit, cost, planned)
     interval = _interval(fit, max_steps, per_epoch)
     # patience counts epochs, the callback validations
     patience = math.ceil(fit.training["patience"] * max(1.0, per_epoch / interval))
     selection = ValidationSelection(patience, capped_warmup(fit.training["warmup_steps"], max_steps))
     choices = _prepare(fit, task, data, work)
     how = choices["arithmetic"]
-    trainer = _trainer(fit, task, selection, max_steps, interval, per_epoch, work, how["precision"])
+    peak = gemm_peak(_device(fit), how["precision"], how["float32_matmul"])
+    fit.run.record_fit(fit.label, peak_flops=peak, flops_per_token=cost.per_token)
+    callbacks = [selection, *_callbacks(fit, task, work, cost, peak)]
+    trainer = _trainer(fit, callbacks, max_steps, interval, per_epoch, how["precision"])
     newest = _newest(work) if fit.run.cfg.resume == "auto" else None
     scan = chosen_scan(task, choices.get("scan"), _device(fit), fit.run.cfg.precision, fit.run.say)
     with warnings.catch_warnings(), float32_matmul(how["float32_matmul"]), scan:
@@ -86,7 +92,7 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
             # Lightning's answer to Ctrl+C: it exits the process and leaves it deaf to another one
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from error
-    result = {**_result(fit, trainer, selection, per_epoch), "choices": choices}
+    result = {**_result(fit, trainer, selection, per_epoch, cost), "choices": choices}
     fit.run.record_fit(fit.label, peak_memory_gb=result["peak_memory_gb"])
     fit.run.say(f"[dim]{fit.label}: {result['peak_memory_gb']:.2f} GB at the peak[/dim]")
     return result
@@ -139,30 +145,27 @@ def _interval(fit: Fit, max_steps: int, per_epoch: int) -> int:
     return min(interval, max_steps)
 
 
-def _trainer(
-    fit: Fit,
-    task: FitTask,
-    selection: ValidationSelection,
-    max_steps: int,
-    interval: int,
-    per_epoch: int,
-    work: Path,
-    precision: str,
-) -> L.Trainer:
-    folder = fit.run.dir / "tensorboard" / fit.label
-    folder.mkdir(parents=True, exist_ok=True)
+def _callbacks(fit: Fit, task: FitTask, work: Path, cost: Cost, peak: float) -> list[L.Callback]:
+    """All callbacks of a fit but the selection."""
     callbacks = [
-        selection,
         StepSeed(fit.run.cfg.seed),
         LearningRateMonitor("step"),
         StepProgress(fit.run.console, fit.label),
         Dashboard(list(getattr(task.network, "experts", {}))),
-        *configured_callbacks(fit, work),
+        *configured_callbacks(fit, work, cost, peak),
     ]
     if hasattr(task, "targets"):
         callbacks.append(Reconstructions(fit.tokenizer(), seed=fit.run.cfg.seed))
     if "first_step" not in fit.run.manifest:
         callbacks.append(FirstStep(fit.run.record))
+    return callbacks
+
+
+def _trainer(
+    fit: Fit, callbacks: list[L.Callback], max_steps: int, interval: int, per_epoch: int, precision: str
+) -> L.Trainer:
+    folder = fit.run.dir / "tensorboard" / fit.label
+    folder.mkdir(parents=True, exist_ok=True)
     own = ("max_epochs", "max_steps", "val_check_interval", "accumulate_grad_batches")
     # whole optimizer steps: an epoch that ended between two would cut its last step short
     settings = {"limit_train_batches": per_epoch * fit.accumulate, **fit.trainer}
@@ -182,9 +185,10 @@ def _trainer(
     )
 
 
-def configured_callbacks(fit: Fit, work: Path) -> list[L.Callback]:
+def configured_callbacks(fit: Fit, work: Path, cost: Cost, peak: float) -> list[L.Callback]:
     """The callbacks of conf/callbacks; arguments that stand there as ??? are supplied here."""
     supplied = {"dirpath": work, "tokenizer": fit.tokenizer()}
+    supplied |= {"flops_per_token": cost.model_per_token, "peak_flops": peak}
     nodes = fit.run.plain(fit.run.cfg.callbacks).values()
     return [
         instantiate(node, **{name: supplied[name] for name, value in node.items() if value == "???"})
@@ -192,13 +196,18 @@ def configured_callbacks(fit: Fit, work: Path) -> list[L.Callback]:
     ]
 
 
-def _result(fit: Fit, trainer: L.Trainer, selection: ValidationSelection, per_epoch: int) -> dict[str, Any]:
+def _result(
+    fit: Fit, trainer: L.Trainer, selection: ValidationSelection, per_epoch: int, cost: Cost
+) -> dict[str, Any]:
     steps = trainer.global_step
     tokens = steps * fit.accumulate * fit.training["batch_size"] * fit.run.cfg.size.seq_len
     return {
         "steps": steps,
         "epochs": round(steps / per_epoch, 3),
         "tokens": tokens,
+        "trained_parameters": cost.trained,
+        "flops_per_token": cost.per_token,
+        "flops": cost.total(steps),
         "best_step": selection.best_step,
         "val_loss": selection.best,
         "history": selection.history,

@@ -109,6 +109,11 @@ class FitTask(L.LightningModule):
         """Memory that the task takes between steps, beside its network and the optimizer."""
         return 0
 
+    @property
+    def flops_options(self) -> dict[str, Any]:
+        """What a step computes beside or in place of the network's own passes, as `evals.flops` takes it."""
+        return {}
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What is computed in here, in whatever arithmetic, the task neither keeps nor takes from what it kept."""

@@ -60,6 +60,11 @@ class DenoiseTask(FitTask):
         """Put the teacher where the network is."""
         self._frozen[0].to(self.device)
 
+    @property
+    def flops_options(self) -> dict[str, Any]:
+        """The teacher's targets, and whether tokens are judged."""
+        return {"teacher": self._frozen[0], "cross_entropy": bool(self.ce_weight)}
+
     def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the diffuser restores, (B, L, d_model), and where it is defined, (B, L) bool."""
         return denoising_targets(self.network, self._frozen[0], batch)

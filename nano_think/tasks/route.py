@@ -108,6 +108,12 @@ class RouteTask(FitTask):
         """Of expert outputs in memory."""
         return self.cache.bytes if self.cache and self.cache.folder is None else 0
 
+    @property
+    def flops_options(self) -> dict[str, Any]:
+        """What is kept, and the memory that a part of the rows reads."""
+        memory = getattr(getattr(self.slots, "__self__", None), "flops_options", {})
+        return {"cached": self.cache is not None, "readers": 1 - self.memory_dropout, **memory}
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Without expert outputs of before, and none for later."""

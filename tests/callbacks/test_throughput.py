@@ -58,3 +58,27 @@ def test_the_total_survives_a_resumption(clock):
     second.load_state_dict(first.state_dict())
     _step(second, clock, trainer, logged, 1.0)
     assert ("train/tokens", 20.0) in logged
+
+
+def test_flops_and_their_share_of_the_peak(clock):
+    callback, trainer, logged = Throughput(flops_per_token=3.0, peak_flops=120.0), _trainer(), []
+    for seconds in (0.5, 0.5):
+        _step(callback, clock, trainer, logged, seconds)
+    assert ("train/flops_per_second", 60.0) in logged
+    assert ("train/mfu", 0.5) in logged
+    logged.clear()
+    callback.peak_flops = None
+    for seconds in (0.5, 0.5):
+        _step(callback, clock, trainer, logged, seconds)
+    assert ("train/flops_per_second", 60.0) in logged
+    assert "train/mfu" not in dict(logged)
+
+
+def test_more_than_the_peak_is_an_error_that_names_the_formula(clock, caplog):
+    callback, trainer, logged = Throughput(flops_per_token=3.0, peak_flops=12.0), _trainer(), []
+    for _ in range(4):
+        _step(callback, clock, trainer, logged, 0.5)
+    assert dict(logged)["train/mfu"] == 5.0
+    [record] = caplog.records
+    assert record.levelname == "ERROR"
+    assert "MFU = flops_per_token x tokens/s / peak = 3 x 20 / 12 = 5 is above 1" in record.getMessage()

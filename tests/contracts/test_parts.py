@@ -41,6 +41,7 @@ from nano_think.model import ExpertLM, NanoThink
 from nano_think.nn import mixers as mixer_package
 from nano_think.nn.flops import Reach
 from nano_think.nn.mixers.slots import SlotReader
+from nano_think.ops import attention_cpp
 from nano_think.ops.selective_scan import BACKEND_VARIABLE
 from nano_think.phases.mla import fused_spec, model_settings
 from nano_think.phases.parameters import configured_network
@@ -284,6 +285,7 @@ def states_its_products(part: Part, folder: Path) -> None:
     network, tokens = part.live, some_tokens(part, 2, 2 * part.chunk + 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(BACKEND_VARIABLE, "ref")
+        patch.setattr(attention_cpp, "fits", lambda *_: False)
         network(tokens)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             network(tokens)

@@ -208,3 +208,21 @@ def test_newton_step_is_the_minimum_of_the_quadratic_on_the_floored_simplex(seed
     moves = grid[grid[:, 2] >= floor - 1e-9] - weights
     values = moves @ grad + ((moves @ hessian) * moves).sum(-1) / 2
     assert values.min().item() - 1e-3 <= -promised <= values.min().item() + 1e-9
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_fit_says_how_many_head_products_it_took(space, monkeypatch):
+    """Counted where they are made: one row of a product with the head (V, d) is one."""
+    rows, linear = [], torch.nn.functional.linear
+
+    def counted(x, weight):
+        rows.append(x.numel() // x.shape[-1])
+        return linear(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    generator = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(50, 6, generator=generator) for _ in range(3)]
+    head, labels = torch.randn(9, 6, generator=generator), torch.randint(9, (50,), generator=generator)
+    fitted = fit_static_weights(hidden, head, labels, space=space)
+    assert fitted.products == sum(rows)
+    assert (fitted.products == 3 * 50) == (space == "prob")

@@ -40,7 +40,7 @@ def interrupt(monkeypatch):
     def at(step):
         extra = [PressCtrlC(step)] if step is not None else []
         monkeypatch.setattr(
-            trainer, "configured_callbacks", lambda fit, work: [*configured(fit, work), *extra]
+            trainer, "configured_callbacks", lambda *arguments: [*configured(*arguments), *extra]
         )
 
     yield at
