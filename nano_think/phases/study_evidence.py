@@ -51,7 +51,7 @@ class Evidence:
         self.tokenizer = measured.checkpoints["transformer"].tokenizer
         vocabulary = range(self.tokenizer.vocab_size)
         self.classes = token_classes([self.tokenizer.token_bytes(token) for token in vocabulary])
-        self.batches = measured.batches("validation")
+        self.batches = measured.batches("validation", measured.plan.settings["rows"])
         self.sample = sample_documents(self.batches, tokens, max_per_document=MAX_PER_DOCUMENT)
 
     def topics(self) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -165,7 +165,7 @@ def evidence_maker(plan: Plan) -> Maker:
             write_json(path / f"{name}.json", find())
         return {}
 
-    spec = {"tokens": plan.settings["evidence_tokens"]}
+    spec = {"tokens": plan.settings["evidence_tokens"], "rows": plan.settings["rows"]}
     needs = {"shards": plan.shards, **plan.trained}
     return Maker("study_evidence", spec, build, needs, plan.run.command(phase="study"))
 
