@@ -83,7 +83,7 @@ def regrets(
 
 
 def static_per_domain(outputs: ExpertOutputs, num_domains: int, space: Space = "hidden") -> Tensor:
-    """Constant weights (D, N) fitted on each domain alone, what a perfect domain router could learn.
+    """Constant weights (D, N) fitted on each domain's part of the sample: what a router that knew domains learns.
 
     Apply them to other text with `SharedForward.pooled_by_domain`. A domain without a token gets the weights of
     the whole sample.

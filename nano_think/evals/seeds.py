@@ -84,12 +84,17 @@ class SeedDifference(SeedInterval):
         return self.high < 0 or self.low > 0
 
     @property
+    def least(self) -> float:
+        """The smallest difference that is claimed: the minimum effect, or RESOLUTION where that is larger."""
+        return max(self.minimum_effect, RESOLUTION)
+
+    @property
     def verdict(self) -> str:
         """Return "better" or "worse" where the interval and the minimum effect allow it.
 
         Otherwise "not distinguishable".
         """
-        if not self.significant or abs(self.estimate) < max(self.minimum_effect, RESOLUTION):
+        if not self.significant or abs(self.estimate) < self.least:
             return "not distinguishable"
         return "better" if self.estimate < 0 else "worse"
 
@@ -98,8 +103,7 @@ class SeedDifference(SeedInterval):
         """Difference, interval, what the interval knows of, and the verdict with its reason."""
         verdict = self.verdict
         if self.significant and verdict == "not distinguishable":
-            least = max(self.minimum_effect, RESOLUTION)
-            verdict += f", significant but below the minimum effect of {least:.4f}"
+            verdict += f", significant but below the minimum effect of {self.least:.4f}"
         return f"{self:+.4f} {UNITS[self.metric]} ({self.basis}): {verdict}"
 
 

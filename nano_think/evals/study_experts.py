@@ -19,9 +19,9 @@ def specialisation(report: Report, value: Values, folder: Path) -> None:
     columns = ["all", *domains]
     out = value["knock_out"]
     report.text(
-        f"Over {value['tokens']:,} tokens of {value['documents']:,} documents. An expert is worth the loss "
-        "that its removal adds. Weights follow an expert's worth if the correlation of the two over "
-        "tokens is above 0."
+        f"Over {value['tokens']:,} tokens of {value['documents']:,} documents, in the mixture after 7c: its "
+        "experts read what 7c made of table and latent attention. An expert is worth the loss that its "
+        "removal adds. Weights follow an expert's worth if the correlation of the two over tokens is above 0."
     )
     report.table(
         table(
@@ -118,9 +118,9 @@ def routing(report: Report, value: Values, folder: Path) -> None:
     depends = "depends" if p_value < SIGNIFICANT else "does not measurably depend"
     information = "–" if interval is None else f"{interval:.4f} nats"
     report.text(
-        f"Which expert the router (7b) trusts {depends} on the domain: I(domain; expert) is {information}, "
-        f"p = {p_value:.3g} against labels permuted over documents. Such an information is biased upwards, "
-        "so p decides."
+        f"Which expert the router (7b) trusts {depends} on the domain: I(domain; expert) is {information}, p "
+        f"= {p_value:.3g} against labels permuted over documents. Such an information is biased upwards, so "
+        "p decides."
     )
 
 
@@ -139,14 +139,13 @@ def calibration(report: Report, value: Values, folder: Path) -> None:
 
 
 def spaces(report: Report, value: Values, folder: Path) -> None:
-    """Whether the experts' outputs live in one space: similarity, linear probes, with and without "
-    "adaptors."""
+    """Whether the experts' outputs live in one space: similarity, linear probes, with and without adaptors."""
     names = value["spaces"]
     report.text(
-        f"Over {value['tokens']:,} tokens of {value['documents']:,} documents. CKA "
-        f"({value['cka_variant']}) does not change when a space is rotated, the cosine does: a high CKA "
-        "beside a low cosine means the same information in other coordinates. Linear probes are fitted on "
-        "half of the documents and tested on the others."
+        f"Over {value['tokens']:,} tokens of {value['documents']:,} documents. CKA ({value['cka_variant']}) "
+        "does not change when a space is rotated, the cosine does: a high CKA beside a low cosine means the "
+        "same information in other coordinates. Linear probes are fitted on half of the documents and tested "
+        "on the others."
     )
     distance = value["adaptor_distance"]
     report.table(
@@ -217,16 +216,10 @@ def lengths(report: Report, value: Values, folder: Path) -> None:
         report.figure(path, f"{y_label.capitalize()} by length; trained at {train} tokens.")
     headers = ["model", "length", "loss (nats/token)", "seconds a token", "tokens a second"]
     report.table(table(headers, rows, "Loss and speed by length", ["", ",", ".4f", ".3g", ",.0f"]))
-    headers = [
-        "model",
-        "length",
-        "positions",
-        "tokens",
-        "loss",
-        "minus the same text cut to the trained length",
-    ]
-    report.table(table(headers, cuts, "Does more context help? The longest length by position",
-                       ["", ",", "", ",", ".4f", "+.4f"]))  # fmt: skip
+    cut = "minus the same text cut to the trained length"
+    headers = ["model", "length", "positions", "tokens", "loss", cut]
+    title = "Does more context help? The longest length by position"
+    report.table(table(headers, cuts, title, ["", ",", "", ",", ".4f", "+.4f"]))
     bars = {
         f"{name} {entries[-1]['length']}": Interval(i.estimate, i.low, i.high, i.documents)
         for name, entries in models.items()

@@ -159,9 +159,9 @@ def memory(report: Report, value: Values, folder: Path) -> None:
 
 def _memory_losses(report: Report, value: Values, folder: Path) -> None:
     report.text(
-        "Memory helps only if real records are better than shuffled ones, which have the same slots "
-        f"without the fit: here they {'are' if value['helps'] else 'are not'}. {value['seeing']:.1%} of "
-        "the tokens see a record."
+        "Memory helps only if real records are better than none and than shuffled ones, which fill the same "
+        f"slots with what others found: here they {'are' if value['helps'] else 'are not'}. "
+        f"{value['seeing']:.1%} of the tokens see a record."
     )
     modes = [[name, entry["loss"], entry["tokens"]] for name, entry in value["modes"].items()]
     report.table(
@@ -217,9 +217,9 @@ def _overlap(report: Report, value: Values, folder: Path) -> None:
         report.figure(path, "Gain of real over shuffled records, by how much of the text they repeat.")
     report.text(
         {
-            None: "Real records beat shuffled ones nowhere, so there is no gain to explain.",
-            True: "Real records beat shuffled ones only where there is text to copy.",
-            False: "Real records beat shuffled ones also where there is nothing to copy.",
+            None: "Real records measurably beat shuffled ones nowhere, so there is no gain to explain.",
+            True: "Real records measurably beat shuffled ones only where there is text to copy.",
+            False: "Real records measurably beat shuffled ones also where there is nothing to copy.",
         }[value["copying"]]
     )
 
@@ -228,8 +228,8 @@ def _planted(report: Report, value: Values, folder: Path) -> None:
     """Are invented facts recalled from an earlier session?"""
     recalls = "recalls" if value["recalls"] else "does not recall"
     report.text(
-        f"{value['facts']:,} invented facts were put into the memory; the mixture {recalls} them. The "
-        f"fact's record is among the hits for {value['retrieved']:.1%} of them."
+        f"{value['facts']:,} invented facts were put into the memory; the mixture {recalls} them. The fact's "
+        f"record is among the hits for {value['retrieved']:.1%} of them."
     )
     modes = [[name, entry["loss"], entry["accuracy"]] for name, entry in value["modes"].items()]
     headers = ["memory", "loss of the fact (nats/token)", "accuracy"]

@@ -1,5 +1,4 @@
-"""How a study was made: question, data, models, tuning, training curves, what would change our "
-"mind, provenance."""
+"""How a study was made: question, data, models, tuning, curves, what would change our mind, provenance."""
 
 from __future__ import annotations
 
@@ -10,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from nano_think.evals import plots
+from nano_think.evals.bootstrap import RESOLUTION
 from nano_think.evals.report import Report
+from nano_think.evals.seeds import SeedDifference
 from nano_think.evals.study_record import MODELS
 from nano_think.evals.study_sections import headline, label
 from nano_think.evals.study_statistics import RIVALS, StudyStatistics, word
@@ -50,19 +51,28 @@ def setup(report: Report, stats: StudyStatistics) -> None:
         [label(stats, key), MODELS[key], facts.get("description"), facts.get("trained_parameters")]
         for key, facts in record.models.items()
     ]
-    report.table(
-        ["model", "is", "what it is", "parameters trained"], models, formats=["", "", "", ","], title="Models"
+    headers = ["model", "is", "what it is", "parameters trained"]
+    report.table(headers, models, formats=["", "", "", ","], title="Models")
+    report.text(_method(stats))
+
+
+def _method(stats: StudyStatistics) -> str:
+    """How figures are made, and when a difference is claimed."""
+    fused, best = (label(stats, key) if key else "none" for key in (stats.fused, stats.best_expert))
+    over_seeds = (
+        "They also cover the choice of seeds (Student's t over the seeds). A difference is called better or "
+        f"worse only where its interval leaves out 0 and it is at least {RESOLUTION:g} and twice the "
+        "deviation of the baseline over its seeds."
+        if len(stats.record.seeds) > 1
+        else "They know nothing of other seeds. A difference is called better or worse only where its interval "
+        f"leaves out 0 and it is at least {RESOLUTION:g}."
     )
-    fused, best = stats.fused, stats.best_expert
-    report.text(
-        f"The mixture that is compared ({label(stats, fused) if fused else 'none'}) and the best expert "
-        f"({label(stats, best) if best else 'none'}) are those of the lowest loss on validation. A loss is "
-        "nats a token, the mean over seeds. Intervals (95%) cover the choice of documents (bootstrap over "
-        f"documents, never tokens, {stats.n_resamples:,} resamples, both models of a comparison on the "
-        "same ones) and the choice of seeds (Student's t over the seeds). A difference is called better "
-        "or worse only where its interval leaves out 0 and it is at least twice the deviation of the "
-        "baseline over its seeds. Bounds (oracles that see the labels, weights that know the domain) are "
-        "no models, and nothing is claimed against them."
+    return (
+        f"The mixture that is compared ({fused}) and the best expert ({best}) are those of the lowest loss "
+        "on validation. A loss is nats a token, the mean over seeds. Intervals (95% each, however many there "
+        f"are) cover the choice of documents: bootstrap over documents, never tokens, {stats.n_resamples:,} "
+        f"resamples, both models of a comparison on the same ones. {over_seeds} Bounds (oracles that see the "
+        "labels, choices that know the domain) are no models, and nothing is claimed against them."
     )
 
 
@@ -71,11 +81,12 @@ def training(report: Report, stats: StudyStatistics, folder: Path) -> None:
     record = stats.record
     if tuning := record.facts.get("tuning"):
         _tuning(report, tuning)
-    rows, moving = [], []
+    rows, moving, known = [], [], True
     keys = {key for facts in record.seeds.values() for key in facts.get("fits", {})}
     for key in (*(key for key in record.models if key in keys), *sorted(keys - set(record.models))):
         fits = [facts["fits"][key] for facts in record.seeds.values() if key in facts.get("fits", {})]
         fall = _mean(fits, "fall_per_epoch")
+        known = known and fall is not None
         if fall is not None and fall > PLATEAU:
             moving.append(label(stats, key))
         numbers = ("steps", "tokens", "epochs", "best_step", "val_loss")
@@ -89,13 +100,11 @@ def training(report: Report, stats: StudyStatistics, folder: Path) -> None:
         formats=["", ",.0f", ",.0f", ".2f", ",.0f", ".4f", ".2%", "g", ""],
         title="Where each fit stood at its end, mean over seeds",
     )  # fmt: skip
-    if rows:
-        report.text(
-            f"Still falling by more than {PLATEAU:.0%} an epoch when they ended, so not fully trained: "
-            f"{', '.join(moving)}."
-            if moving
-            else f"Every validation curve fell by at most {PLATEAU:.0%} an epoch at its end: a plateau."
-        )
+    if moving:
+        still = f"Still falling by more than {PLATEAU:.0%} an epoch when they ended, so not fully trained"
+        report.text(f"{still}: {', '.join(moving)}.")
+    elif rows and known:
+        report.text(f"Every validation curve fell by at most {PLATEAU:.0%} an epoch at its end: a plateau.")
     _curves(report, stats, folder)
 
 
@@ -120,8 +129,7 @@ def _mean(fits: list[Mapping[str, Any]], name: str) -> float | None:
 
 
 def _curves(report: Report, stats: StudyStatistics, folder: Path) -> None:
-    """Validation loss against tokens and against training FLOPs, mean over seeds at the steps all "
-    "seeds have."""
+    """Validation loss against tokens and against training FLOPs, mean over seeds at the steps all seeds have."""
     by_tokens, by_flops = {}, {}
     for key, facts in stats.record.models.items():
         fits = [s["fits"][key] for s in stats.record.seeds.values() if key in s.get("fits", {})]
@@ -130,14 +138,14 @@ def _curves(report: Report, stats: StudyStatistics, folder: Path) -> None:
         if not steps:
             continue
         losses = [float(np.mean([history[step] for history in histories])) for step in steps]
-        done = np.array(steps) / fits[0]["steps"]
-        name = label(stats, key)
-        if fits[0].get("tokens"):
-            by_tokens[name] = (done * fits[0]["tokens"], losses)
-        if total := facts.get("training_flops"):
+        first, name = fits[0], label(stats, key)
+        if not first.get("tokens"):
+            continue
+        tokens = np.array(steps) * first["tokens"] / first["steps"]
+        by_tokens[name] = (tokens, losses)
+        if (total := facts.get("training_flops")) and (planned := first.get("planned_flops")):
             # what a mixture's experts cost was spent before its own first step
-            own = fits[0].get("flops", total)
-            by_flops[name] = (total - own * (1 - done), losses)
+            by_flops[name] = (total - planned * (1 - tokens / first["planned_tokens"]), losses)
     for name, curves, x_label, scale in (
         ("tokens", by_tokens, "training tokens of the fit", "log"),
         ("flops", by_flops, "training FLOPs, experts of a mixture included", "log"),
@@ -165,23 +173,29 @@ def change_our_mind(report: Report, stats: StudyStatistics) -> None:
         if difference is None:
             lines.append(f"{text}: any measurement, as there is none.")
             continue
-        least = max(difference.minimum_effect, 0.0)
-        turns = {
-            "better": "we would give the claim up if more seeds or other text moved the upper end above 0 "
-            f"(it is {difference.high:+.4f}) or the gain below {least:.4f}",
-            "worse": f"we would claim a gain if the upper end, now {difference.high:+.4f}, fell "
-            f"below 0: the mixture would have to gain {difference.estimate + least:.4f} nats and more",
-            "not distinguishable": f"we would decide if more seeds or documents moved one end of "
-            f"[{difference.low:+.4f}, {difference.high:+.4f}] over 0 and the difference were at least "
-            f"{least:.4f}",
-        }
-        lines.append(f"{text} ({word(difference)}): {turns[difference.verdict]}.")
+        lines.append(f"{text} ({word(difference)}): {_turn(difference)}.")
     lines.append(
         "Size: everything here holds for the number of parameters and tokens of the set-up. A different "
         "order at a larger size would change what we recommend, not these figures."
     )
     lines += [str(line) for line in stats.record.facts.get("change_our_mind", [])]
     report.heading("What would change our mind").text("\n".join(f"- {line}" for line in lines))
+
+
+def _turn(difference: SeedDifference) -> str:
+    """The figures that would turn a verdict."""
+    low, high, least = f"{difference.low:+.4f}", f"{difference.high:+.4f}", f"{difference.least:.4f}"
+    if difference.verdict == "better":
+        moved = f"moved the upper end above 0 (it is {high}) or the gain below {least}"
+        return f"we would give the claim up if more seeds or other text {moved}"
+    if difference.verdict == "worse":
+        more = f"{difference.estimate + difference.least:.4f}"
+        fell = f"the upper end, now {high}, fell below 0 and the loss by {more} nats or more"
+        return f"we would claim a gain if {fell}"
+    if difference.significant:
+        return f"we would decide if the difference, now {difference.estimate:+.4f}, grew to {least} or more"
+    moved = f"moved one end of [{low}, {high}] over 0 and the difference were at least {least}"
+    return f"we would decide if more seeds or documents {moved}"
 
 
 def provenance(report: Report, stats: StudyStatistics) -> None:

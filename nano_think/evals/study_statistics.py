@@ -24,14 +24,14 @@ from nano_think.evals.study_record import MODELS, StudyRecord
 EXPERTS = ("transformer", "diffuser", "state_space")
 UNIFORM = ("uniform_prob", "uniform_hidden")
 FUSED = ("fused_7b", "fused_7c", "fused_7d")
-# bounds see the labels: no model, nothing is claimed against them
+# bounds see the labels or know the domain: no model, nothing is claimed against them
 BOUNDS = ("oracle_token", "oracle_document", "oracle_domain", "static_per_domain")
-# Transformers that a mixture of the same cost must beat, and what is equal
+# Transformers that the mixture must beat, and what is equal
 RIVALS = {
     "equal_parameters": "one Transformer of equal parameters",
     "equal_training_flops": "one Transformer of equal training FLOPs",
     "equal_inference_flops": "one Transformer of equal inference FLOPs a token",
-    "seed_pool": "three pooled Transformers of different seeds",
+    "seed_pool": "pooled Transformers of different seeds",
 }
 
 
@@ -136,12 +136,11 @@ class StudyStatistics:
     def stages(self) -> list[Stage]:
         """The steps 7a to 7d, each with its cause."""
         best = self.best_expert or EXPERTS[0]
+        more = "extra trainable parameters: table, latent attention, router"
         return [
             Stage("7a", "ensemble: constant weights over frozen experts", "static", best),
             Stage("7b", "routing: weights that follow the text", "fused_7b", "static"),
-            Stage(
-                "7c", "extra trainable parameters: table, latent attention, router", "fused_7c", "fused_7b"
-            ),
+            Stage("7c", more, "fused_7c", "fused_7b"),
             Stage("7d", "memory: retrieved records", "fused_7d", "fused_7c"),
         ]
 

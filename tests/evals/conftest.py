@@ -81,6 +81,7 @@ def model_facts(index: int, key: str) -> dict[str, Any]:
 def seed_facts(seed: int, keys: list[str]) -> dict[str, Any]:
     history = [[step, 8.0 - step / 1000 + 0.01 * seed] for step in (100, 200, 300)]
     fit = {"steps": 300, "tokens": 600_000, "epochs": 4.0, "best_step": 300, "val_loss": history[-1][1]}
+    fit |= {"planned_flops": 1e12, "planned_tokens": 600_000}
     fits = {
         key: fit
         | {"command": f"train {key} seed={seed}"}

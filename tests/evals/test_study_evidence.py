@@ -220,7 +220,7 @@ def test_numbers_of_the_evidence_are_in_its_tables(make_study, found, tmp_path, 
         assert f"{as_interval(value):+.4f} | {value['verdict']}" in text
     assert "here they are. 62.5% of the tokens see a record." in text
     assert "| code | -0.1234 [-0.1734, -0.0734], better |" in text
-    assert "beat shuffled ones nowhere" in text
+    assert "measurably beat shuffled ones nowhere" in text
     assert "does not recall" in text
     assert (
         "trusts depends on the domain: I(domain; expert) is 0.2000 [0.1000, 0.3000] nats, p = 0.005" in text
