@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nano_think.evals.report import Table, render_table
-from nano_think.phases.data import load_shards, shards_maker
+from nano_think.phases.data import load_shards, loader_settings, shards_maker
 from nano_think.phases.run import Run
 from nano_think.phases.study_evidence import evidence_maker
 from nano_think.phases.study_fits import make_all
 from nano_think.phases.study_measure import losses_maker
 from nano_think.phases.study_plan import Plan
 from nano_think.phases.study_record import draw, write_record
+from nano_think.phases.study_settings import check_settings, check_text
 from nano_think.phases.study_tuning import Trial, tune
 
 SPLITS = ("validation", "test")
@@ -26,14 +27,17 @@ def run(run: Run) -> dict[str, Any]:
     """Tune on the first seed, train and measure every seed, write the record, draw the report.
 
     With `study.redraw=true` only the last: the report of the record in `study.out`.
+    Raises UserError for settings that mean nothing and for text that does not suffice, before anything is trained.
     """
     settings = run.plain(run.cfg.study)
     if settings["redraw"]:
         return {"report": str(draw(Path(settings["out"]), run))}
+    check_settings(settings)
     shards = shards_maker(run)
     run.obtain(shards, named=True)
-    domains = len(load_shards(run, shards).domains)
-    seeds, workers = settings["seeds"], settings["workers"]
+    text = load_shards(run, shards)
+    check_text(text, settings, loader_settings(run), run.cfg.size.seq_len)
+    domains, seeds, workers = len(text.domains), settings["seeds"], settings["workers"]
     trials = tune(Plan(run, seeds[0], domains), workers)
     show_trials(run, trials)
     rates = {trial.family: trial.rate for trial in trials if trial.chosen}
