@@ -45,9 +45,12 @@ class Costs:
         """Unique parameters."""
         return float(sum(parameter.numel() for parameter in network.parameters()))
 
-    def inference_flops(self, network: nn.Module) -> float:
-        """FLOPs a token of a forward pass to all logits, in documents of seq_len tokens."""
-        return sum(forward_flops(network, self.seq_len).values())
+    def inference_flops(self, network: nn.Module, **reach: Any) -> float:
+        """FLOPs a token of a forward pass to all logits, in documents of seq_len tokens.
+
+        reach: fields of `Reach`, what a token sees of a memory.
+        """
+        return sum(forward_flops(network, self.seq_len, **reach).values())
 
     def layers_of(self, measure: Callable[[nn.Module], float]) -> int:
         """The number of layers with which one Transformer comes nearest to the mixture in `measure`."""
@@ -67,8 +70,11 @@ class Costs:
         tokens = training["batch_size"] * training["accumulate"] * self.seq_len
         return max(1, round(flops / (training_flops(self.lone("transformer"), self.seq_len) * tokens)))
 
-    def training(self, name: str, maker: Maker, network: ExpertLM | None = None) -> float:
-        """FLOPs of the planned steps of an expert or stage (`7a` to `7d`); network: another than the settings'."""
+    def training(self, name: str, maker: Maker, network: ExpertLM | None = None, **reach: Any) -> float:
+        """FLOPs of the planned steps of an expert or stage (`7a` to `7d`).
+
+        network: another than the settings'. reach: fields of `Reach`, what a token of 7d sees of the memory.
+        """
         if name == "7a":
             return maker.spec["static_tokens"] * self.inference_flops(self.mixture())
         tokens = planned_tokens(maker.spec["fit"])
@@ -76,7 +82,7 @@ class Costs:
             return tokens * self._expert(name, network or self.lone(name))
         network = self.mixture(maker.spec["experts"])
         if name != "7b":
-            return tokens * training_flops(network, self.seq_len, TRAINABLE[name])
+            return tokens * training_flops(network, self.seq_len, TRAINABLE[name], **reach)
         once = maker.spec["fit"]["loader"].get("train_tokens", tokens)
         cached = training_flops(network, self.seq_len, TRAINABLE[name], cached=True)
         return tokens * cached + min(once, tokens) * filling_flops(network, self.seq_len)
@@ -90,7 +96,14 @@ class Costs:
 
 
 def planned_tokens(fit: dict[str, Any]) -> int:
-    """Tokens that a fit reads if it is not stopped early, from its spec; its text must be limited."""
+    """Tokens that a fit reads if it is not stopped early, from its spec; its text must be limited.
+
+    Raises UserError for a fit held to a budget of FLOPs.
+    """
+    if "max_flops" in fit:
+        raise UserError(
+            "a study plans the FLOPs of every fit itself: leave max_flops of experts and stages null"
+        )
     step = fit["batch_size"] * fit["accumulate"] * fit["seq_len"]
     if fit["max_steps"]:
         return fit["max_steps"] * step

@@ -10,6 +10,7 @@ from nano_think.evals import gates
 from nano_think.evals.bootstrap import Difference, paired_difference
 from nano_think.evals.losses import DocumentLosses
 from nano_think.evals.report import plain
+from nano_think.evals.seeds import difference_over_seeds
 from nano_think.phases.study_measure import load_losses, losses_maker
 from nano_think.phases.study_plan import EXPERTS, Plan
 
@@ -34,7 +35,7 @@ def study_gates(plan: Plan, evidence: dict[str, Any], test_reads: int) -> list[d
     best = min(EXPERTS, key=lambda name: loss[name])
     curve = {row["steps"]: row["loss"]["estimate"] for row in evidence["denoiser"]["steps_curve"]["curve"]}
     fused_steps = plan.run.cfg.experts.diffuser.fused_steps
-    over_best = paired_difference(losses["static"], losses[best])
+    over_best = difference_over_seeds([losses["static"]], [losses[best]])
     routing = evidence["routing"]
 
     def minus(model: str, baseline: str) -> Difference | None:
@@ -45,18 +46,13 @@ def study_gates(plan: Plan, evidence: dict[str, Any], test_reads: int) -> list[d
         gates.state_space_gate(loss["state_space"], loss["transformer"]),
         gates.diffuser_gate(loss["diffuser"], loss["bigram"], curve, fused_steps),
         gates.usefulness_gate(static["gap"], static["mean_kl"], static["reference"]),
-        gates.static_gain_gate(-over_best.estimate, standard_error(over_best)),
+        gates.static_gain_gate(-over_best.estimate, over_best.document_error),
         gates.router_gate(minus("fused_7b", "static"), routing["information"], routing["p_value"]),
         gates.training_gate(minus("fused_7c", "fused_7b"), minus("fused_7c", "finetuned_transformer")),
         gates.memory_gate(_shuffled(evidence), minus("fused_7d", "fused_7c")),
         _final(plan, test_reads),
     ]
     return [plain(asdict(gate)) for gate in found]
-
-
-def standard_error(difference: Difference) -> float:
-    """Of an estimate with a 95% interval."""
-    return (difference.high - difference.low) / (2 * 1.96)
 
 
 def _shuffled(evidence: dict[str, Any]) -> Any:

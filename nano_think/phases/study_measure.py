@@ -24,6 +24,7 @@ from nano_think.evals.oracles import (
     static_per_domain,
 )
 from nano_think.evals.pools import SharedForward, expert_outputs
+from nano_think.ops.pooling import Space
 from nano_think.phases.data import data_module
 from nano_think.phases.evaluate import as_trained, lone_expert
 from nano_think.phases.run import Maker
@@ -113,7 +114,8 @@ class Measured:
         ]
         models: dict[str, NllFunction] = {**self.ngrams(), **experts}
         models["uniform_prob"] = mean_probability(list(experts.values()))
-        models["uniform_hidden"] = pool.pooled(torch.full((len(EXPERTS),), 1.0 / len(EXPERTS)))
+        if self.plan.in_hidden_space:
+            models["uniform_hidden"] = pool.pooled(torch.full((len(EXPERTS),), 1.0 / len(EXPERTS)))
         models["static"] = pool.fused()
         models["static_per_domain"] = pool.pooled_by_domain(self.domain_weights())
         models["oracle_token"] = pool.best_expert()
@@ -126,12 +128,13 @@ class Measured:
         return models
 
     def domain_weights(self) -> Tensor:
-        """Constant weights (D, N) of each domain, fitted on the text that 7a was fitted on."""
+        """Constant weights (D, N) of each domain, fitted on its part of the text that 7a was fitted on."""
         tokens = self.plan.settings["fusion_tokens"]
         rows = -(-tokens // (self.data.seq_len * len(self.data.domains)))
         batches = self.data.dataloader("fusion_train", rows=rows)
         outputs = expert_outputs(self._model("fused_7a"), batches, tokens)
-        return static_per_domain(outputs, len(self.data.domains))
+        space: Space = "hidden" if self.plan.in_hidden_space else "prob"
+        return static_per_domain(outputs, len(self.data.domains), space)
 
     def ngrams(self) -> Mapping[str, NllFunction]:
         """Kneser-Ney models of the text that an expert read."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from torch import nn
+
+from nano_think.model import ExpertLM
 from nano_think.phases.study_plan import EXPERTS, SINGLE, Plan
+from nano_think.tasks.route import set_trainable
 
 DESCRIPTIONS = {
     "unigram": "Frequencies of the tokens that an expert read",
@@ -21,63 +26,127 @@ DESCRIPTIONS = {
     "fused_7d": "The same with a memory of the experts' text",
     "finetuned_transformer": "The Transformer expert with what 7c trains: table and latent attention",
     "equal_parameters": "One Transformer with as many parameters as the mixture",
-    "equal_training_flops": "The Transformer expert's network, trained for all FLOPs that the mixture took",
-    "equal_inference_flops": "One Transformer with as many FLOPs a token as the mixture",
-    "seed_pool": "Mean probability of three Transformers of different seeds",
+    "equal_training_flops": "The Transformer expert's network, trained for the FLOPs of the mixture up to 7c",
+    "equal_inference_flops": "One Transformer with as many FLOPs a token as the mixture without memory",
+    "seed_pool": "Mean probability of Transformers of different seeds, which read the experts' text alone",
     "oracle_token": "The best of the three experts at every token, which nobody can know",
     "oracle_document": "The best of the three experts for every document, chosen in hindsight",
     "oracle_domain": "The best of the three experts for every domain, chosen on validation text",
-    "static_per_domain": "Constant weights for every domain: what a perfect domain router reaches",
+    "static_per_domain": "Constant weights of every domain, fitted on its part of the fusion's text",
 }
 
 
 def model_facts(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Of each model key: label, description, parameters, FLOPs of training and of a token."""
-    measured = _measured(plan)
-    none = {"parameters": None, "training_flops": None, "inference_flops_per_token": None}
+    """Of each model key: label, description, parameters, FLOPs of training as planned and of a token.
+
+    Only of models that the plan has; 7d must have been made, for its FLOPs depend on how much its memory holds.
+    """
+    found = ModelCosts(plan).models()
+    none = dict.fromkeys(("parameters", "trained_parameters", "training_flops", "inference_flops_per_token"))
     return {
-        key: {"label": key.replace("_", " "), "description": text, **measured.get(key, none)}
+        key: {"label": key.replace("_", " "), "description": text, **none, **found.get(key, {})}
         for key, text in DESCRIPTIONS.items()
+        if key != "fused_7d" or "7d" in plan.stages
     }
 
 
-def _measured(plan: Plan) -> dict[str, dict[str, Any]]:
-    costs, trained = plan.costs, plan.trained
-    alone = {name: costs.lone(name) for name in EXPERTS}
-    of = {
-        name: _facts(
-            costs.parameters(alone[name]),
-            costs.training(name, trained[name]),
-            costs.inference_flops(alone[name]),
+class ModelCosts:
+    """What the models of a plan cost."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.costs = plan, plan.costs
+
+    def fit_flops(self, key: str) -> float:
+        """FLOPs of the planned steps of one artefact (a key of `Plan.trained`), without what it starts from."""
+        maker, stage = self.plan.trained[key], key.removeprefix("fused_")
+        if key in EXPERTS:
+            return self.costs.training(key, maker)
+        if stage != key:
+            return self.costs.training(stage, maker, **(self._memory(training=True) if stage == "7d" else {}))
+        if key == "finetuned_transformer":
+            return self.costs.training("7c", maker)
+        return self.costs.training("transformer", maker, self._single(key))
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Parameters, those that its last fit trained, and FLOPs of every model that is trained or pooled."""
+        alone = {name: self.costs.lone(name) for name in EXPERTS}
+        found = {name: self._facts(alone[name], self.fit_flops(name)) for name in EXPERTS}
+        for name in EXPERTS[1:]:
+            if not self.plan.trained[name].spec["own_table"]:
+                found[name]["trained_parameters"] = int(self.costs.parameters(alone[name].expert))
+        found |= {name: self._facts(self._single(name), self.fit_flops(name)) for name in SINGLE}
+        found |= self._pools(alone, found) | self._stages(
+            sum(found[name]["training_flops"] for name in EXPERTS)
         )
-        for name in EXPERTS
-    }
-    mixture = costs.mixture()
-    spent, parameters = sum(of[name]["training_flops"] for name in EXPERTS), costs.parameters(mixture)
-    each = costs.inference_flops(mixture)
-    of["uniform_prob"] = of["uniform_hidden"] = _facts(parameters, spent, each)
-    for stage in plan.stages:
-        spent += costs.training(stage, trained[f"fused_{stage}"])
-        of["static" if stage == "7a" else f"fused_{stage}"] = _facts(parameters, spent, each)
-    tuned = costs.mixture(["transformer"])
-    of["finetuned_transformer"] = _facts(
-        costs.parameters(tuned),
-        of["transformer"]["training_flops"] + costs.training("7c", trained["finetuned_transformer"]),
-        costs.inference_flops(tuned),
-    )
-    for name in SINGLE:
-        own = plan.run_of(name)
-        network = costs.lone("transformer", num_layers=own.cfg.experts.transformer.num_layers)
-        spent_here = costs.training("transformer", trained[name], network)
-        of[name] = _facts(costs.parameters(network), spent_here, costs.inference_flops(network))
-    one, pool = of["transformer"], plan.settings["pool"]
-    of["seed_pool"] = {key: pool * value for key, value in one.items()}
-    return of
+        tuned = self.costs.mixture(["transformer"])
+        spent = found["transformer"]["training_flops"] + self.fit_flops("finetuned_transformer")
+        found["finetuned_transformer"] = self._facts(tuned, spent, set_trainable(tuned, "7c"))
+        return found
 
+    def _pools(
+        self, alone: dict[str, ExpertLM], found: dict[str, dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """The pools that nothing is trained for but their members: no router and no latent attention."""
+        table = self.costs.parameters(alone["transformer"].embedding)
+        shared = 0 if self.plan.run.cfg.expert.embed == "own" else len(EXPERTS) - 1
+        probabilities = {
+            "parameters": int(sum(found[name]["parameters"] for name in EXPERTS) - shared * table),
+            "training_flops": sum(found[name]["training_flops"] for name in EXPERTS),
+            "inference_flops_per_token": sum(found[name]["inference_flops_per_token"] for name in EXPERTS),
+        }
+        # one mean state is read by the head, not each expert's
+        heads = 2 * table * (len(EXPERTS) - 1)
+        hidden = {"inference_flops_per_token": probabilities["inference_flops_per_token"] - heads}
+        hidden = probabilities | hidden
+        mixed = hidden if self.plan.in_hidden_space else probabilities
+        fitted = {"training_flops": mixed["training_flops"] + self.fit_flops("fused_7a")}
+        seeds = {name: self.plan.settings["pool"] * found["transformer"][name] for name in probabilities}
+        return {
+            "uniform_prob": probabilities,
+            "uniform_hidden": hidden,
+            "static": mixed | fitted,
+            "seed_pool": seeds,
+        }
 
-def _facts(parameters: float, training_flops: float, inference_flops: float) -> dict[str, Any]:
-    return {
-        "parameters": int(parameters),
-        "training_flops": training_flops,
-        "inference_flops_per_token": inference_flops,
-    }
+    def _stages(self, spent: float) -> dict[str, dict[str, Any]]:
+        """7b to 7d; spent: training FLOPs of the experts."""
+        spent, found = spent + self.fit_flops("fused_7a"), {}
+        for stage in self.plan.stages[1:]:
+            mixture, key, seen = self.costs.mixture(), f"fused_{stage}", {}
+            spent += self.fit_flops(key)
+            if stage == "7d":
+                # 7c has read all that the memory holds, to write it
+                held = self.plan.result(self.plan.trained[key])["memory"]["tokens"]
+                spent, seen = spent + held * self.costs.inference_flops(mixture), self._memory()
+            found[key] = self._facts(mixture, spent, set_trainable(mixture, stage), **seen)
+        return found
+
+    def _single(self, key: str) -> ExpertLM:
+        """The network of a lone Transformer."""
+        network = self.plan.trained[key].spec["network"]
+        return self.costs.lone("transformer", num_layers=network["num_layers"])
+
+    def _memory(self, training: bool = False) -> dict[str, Any]:
+        """What a token of 7d sees of the memory, as fields of `Reach`."""
+        maker = self.plan.trained["fused_7d"]
+        retrieval = maker.spec["retrieval"]
+        return {
+            "slots": retrieval["k"],
+            "chunk": 1 if retrieval["granularity"] == "token" else retrieval["chunk"],
+            "records": self.plan.result(maker)["memory"]["records"],
+            "readers": 1 - maker.spec["memory_dropout"] if training else 1.0,
+        }
+
+    def _facts(
+        self, network: nn.Module, training: float, trained: Collection[str] | None = None, **reach: Any
+    ) -> dict[str, Any]:
+        """training: FLOPs. trained: names of the trained parameters, None for all."""
+        names = dict(network.named_parameters())
+        return {
+            "parameters": int(self.costs.parameters(network)),
+            "trained_parameters": sum(
+                names[name].numel() for name in (names if trained is None else trained)
+            ),
+            "training_flops": training,
+            "inference_flops_per_token": self.costs.inference_flops(network, **reach),
+        }

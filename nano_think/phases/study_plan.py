@@ -13,7 +13,7 @@ from typing import Any
 from nano_think.errors import UserError
 from nano_think.phases.data import shards_maker
 from nano_think.phases.expert import expert_maker
-from nano_think.phases.mla import mla_maker
+from nano_think.phases.mla import mla_maker, model_settings
 from nano_think.phases.run import Maker, Run
 from nano_think.phases.study_costs import Costs
 
@@ -76,6 +76,11 @@ class Plan:
     def stages(self) -> tuple[str, ...]:
         """7a to 7c, and 7d where there is a memory."""
         return ("7a", "7b", "7c") + (("7d",) if self.run.cfg.model.retrieval.k else ())
+
+    @property
+    def in_hidden_space(self) -> bool:
+        """Whether the mixture adds hidden states; else it adds probabilities."""
+        return model_settings(self.run)["fusion"]["space"] == "hidden"
 
     @cached_property
     def trained(self) -> dict[str, Maker]:

@@ -16,10 +16,11 @@ from nano_think.evals.study_report import write_study_report
 from nano_think.phases.data import load_corpus
 from nano_think.phases.run import Run, versions
 from nano_think.phases.sections import fall_per_epoch
+from nano_think.phases.study_costs import planned_tokens
 from nano_think.phases.study_evidence import load_evidence
 from nano_think.phases.study_gates import study_gates
 from nano_think.phases.study_measure import load_losses, losses_maker, test_reads
-from nano_think.phases.study_models import model_facts
+from nano_think.phases.study_models import ModelCosts, model_facts
 from nano_think.phases.study_plan import Plan
 from nano_think.phases.study_tuning import Trial
 
@@ -45,7 +46,7 @@ def write_record(out: Path, plans: Sequence[Plan], trials: Sequence[Trial], seed
         "models": model_facts(first),
         "tuning": [asdict(trial) for trial in trials],
         "seeds": {str(plan.seed): _seed(plan) for plan in plans},
-        **_by_hand(out),
+        **by_hand(out),
         "test_reads": max(test_reads(plan) for plan in plans),
     }
     return StudyRecord(facts, losses).save(out)
@@ -94,14 +95,15 @@ def _data(plan: Plan, test: StudyLosses) -> dict[str, Any]:
 
 def _seed(plan: Plan) -> dict[str, Any]:
     """Fits, gates and evidence of one seed."""
-    fits = {}
+    fits, costs = {}, ModelCosts(plan)
     for key, maker in plan.trained.items():
         result, fit = plan.result(maker), maker.spec.get("fit", {})
         if "history" not in result:
             continue
-        kept = ("history", "steps", "tokens", "epochs", "best_step", "val_loss", "flops")
+        kept = ("history", "steps", "tokens", "epochs", "best_step", "val_loss")
         fall = fall_per_epoch(result["history"], result["steps"] / result["epochs"])
-        fits[key] = {name: result[name] for name in kept if name in result}
+        fits[key] = {name: result[name] for name in kept}
+        fits[key] |= {"planned_flops": costs.fit_flops(key), "planned_tokens": planned_tokens(fit)}
         fits[key] |= {"fall_per_epoch": fall, "lr": fit["lr"], "hash": maker.recipe.hash}
         fits[key]["command"] = portable(maker.command)
     static = plan.result(plan.trained["fused_7a"])
@@ -110,7 +112,7 @@ def _seed(plan: Plan) -> dict[str, Any]:
     return {"fits": fits, "static": static, "gates": gates, "evidence": evidence}
 
 
-def _by_hand(out: Path) -> dict[str, Any]:
+def by_hand(out: Path) -> dict[str, Any]:
     """What people wrote beside the record: tries, reasons by model key, what would change their mind."""
     path = out / NOTES
     if not path.is_file():

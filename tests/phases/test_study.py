@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -12,8 +11,9 @@ from nano_think.phases.expert import expert_maker
 from nano_think.phases.mla import mla_maker
 from nano_think.phases.study_costs import planned_tokens
 from nano_think.phases.study_fits import make_all
+from nano_think.phases.study_models import model_facts
 from nano_think.phases.study_plan import EXPERTS, FAMILIES, SINGLE, Plan
-from nano_think.phases.study_record import portable
+from nano_think.phases.study_record import by_hand, portable
 
 LIMITS = ("study.expert_tokens=6400", "study.fusion_tokens=1600", "study.evidence_tokens=2000")
 SHORT = tuple(f"++training.{name}.max_steps=4" for name in EXPERTS)
@@ -82,6 +82,14 @@ def test_everybody_reads_what_it_may(plan):
     assert trained["fused_7d"].spec["store"]["rows"] == 50
 
 
+def test_a_study_without_memory_ends_with_7c(project):
+    plan = Plan(project.new("phase=study", *LIMITS, "model.retrieval.k=0"), seed=3, domains=2)
+    assert "fused_7d" not in plan.trained
+    facts = model_facts(plan)
+    assert "fused_7d" not in facts
+    assert facts["fused_7c"]["inference_flops_per_token"] > facts["static"]["inference_flops_per_token"]
+
+
 def test_the_mixture_is_made_of_the_experts_that_are_compared(plan):
     needs = plan.trained["fused_7a"].needs
     assert {name: needs[name].recipe.hash for name in EXPERTS} == {
@@ -141,6 +149,10 @@ def test_two_workers_make_what_one_makes(plan, project):
     assert plan.result(first)["val_loss"] != plan.result(second)["val_loss"]
 
 
+# a study, if only of four steps a fit, is some twenty fits
+whole = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory, shared_project):
     """A study of two seeds with four steps a fit, in a project of its own."""
@@ -149,12 +161,13 @@ def studied(tmp_path_factory, shared_project):
     return project
 
 
+@whole
 def test_a_study_leaves_a_whole_record_and_a_report(studied, printed):
     out = studied.root / "study"
     record = StudyRecord.load(out)
     assert record.missing() == []
     assert list(record.models) == list(MODELS)
-    assert record.facts["test_reads"] == 2
+    assert record.facts["test_reads"] == 1  # by each seed
     assert record.digest() == studied.result["digest"]
     for seed in (1, 2):
         pools = {key: record.of(key, "test", seed).loss() for key in MODELS}
@@ -169,6 +182,7 @@ def test_a_study_leaves_a_whole_record_and_a_report(studied, printed):
     assert record.digest() in text
 
 
+@whole
 def test_the_best_rate_on_validation_is_chosen_with_equal_trials(studied):
     trials = StudyRecord.load(studied.root / "study").facts["tuning"]
     for family, where in FAMILIES.items():
@@ -181,6 +195,40 @@ def test_the_best_rate_on_validation_is_chosen_with_equal_trials(studied):
             assert {trial["tokens"] for trial in own} == {8 * 64}
 
 
+@whole
+def test_what_models_cost_adds_up(studied):
+    record = StudyRecord.load(studied.root / "study")
+    models, fits = record.models, record.facts["seeds"]["1"]["fits"]
+
+    def of(name):
+        return {key: facts[name] for key, facts in models.items()}
+
+    flops, trained, parameters = (of(name) for name in ("training_flops", "trained_parameters", "parameters"))
+    experts = sum(fits[name]["planned_flops"] for name in EXPERTS)
+    assert flops["uniform_prob"] == pytest.approx(experts)
+    spent = flops["static"]
+    assert spent > experts
+    for stage in ("fused_7b", "fused_7c"):
+        spent += fits[stage]["planned_flops"]
+        assert flops[stage] == pytest.approx(spent)
+    # the memory was written by a pass over 6,400 tokens of its own, and a token that reads it costs more
+    assert flops["fused_7d"] > spent + fits["fused_7d"]["planned_flops"]
+    # B7: as many FLOPs as the mixture up to 7c, to half a step
+    alone, one = flops["equal_training_flops"], fits["equal_training_flops"]
+    assert alone == one["planned_flops"]
+    assert abs(alone - spent) <= alone / (one["planned_tokens"] / (8 * 64))
+    token = of("inference_flops_per_token")
+    assert token["uniform_prob"] == pytest.approx(sum(token[name] for name in EXPERTS))
+    assert token["static"] == token["uniform_hidden"] < token["uniform_prob"]
+    assert token["uniform_hidden"] < token["fused_7b"] == token["fused_7c"] < token["fused_7d"]
+    assert token["seed_pool"] == 2 * token["transformer"]
+    assert parameters["static"] < parameters["fused_7b"] == parameters["fused_7d"]
+    assert trained["transformer"] == parameters["transformer"]
+    assert trained["diffuser"] < parameters["diffuser"]  # the table is the Transformer's
+    assert trained["fused_7b"] < trained["fused_7c"] < parameters["fused_7c"]
+
+
+@whole
 def test_a_study_that_is_run_again_reads_no_test_text(studied):
     before = (studied.root / "study" / "study.json").read_bytes()
     result, run = studied.go("phase=study", *LIMITS, *SHORT, *QUICK)
@@ -189,6 +237,7 @@ def test_a_study_that_is_run_again_reads_no_test_text(studied):
     assert result["digest"] == studied.result["digest"]
 
 
+@whole
 def test_a_report_is_drawn_from_the_record_alone(studied, project, tmp_path):
     copy = tmp_path / "kept"
     shutil.copytree(studied.root / "study", copy)
@@ -199,17 +248,15 @@ def test_a_report_is_drawn_from_the_record_alone(studied, project, tmp_path):
     assert (copy / "report.md").read_bytes() == drawn
 
 
-def test_notes_are_copied_and_checked(studied, project):
-    notes = studied.root / "study" / "notes.yaml"
+def test_notes_are_read_and_checked(tmp_path):
+    assert by_hand(tmp_path) == {"tries": []}
+    notes = tmp_path / "notes.yaml"
     notes.write_text("tries: [{what: more data, why: it helps, val_before: 2.0, val_after: 1.9, kept: true}]")
-    studied.go("phase=study", *LIMITS, *SHORT, *QUICK)
-    facts = json.loads((studied.root / "study" / "study.json").read_text())
-    assert facts["tries"][0]["what"] == "more data"
+    assert by_hand(tmp_path)["tries"][0]["what"] == "more data"
     for wrong in ("tries: more data", "trials: []", "- more data"):
         notes.write_text(wrong)
         with pytest.raises(UserError, match=r"notes\.yaml holds tries"):
-            studied.go("phase=study", *LIMITS, *SHORT, *QUICK)
-    notes.unlink()
+            by_hand(tmp_path)
 
 
 def test_commands_name_no_folder_of_this_machine():
