@@ -24,7 +24,7 @@ from nano_think.artifacts.memory import Memory
 from nano_think.engine.session import remember
 from nano_think.evals.bootstrap import paired_difference
 from nano_think.evals.losses import Batch, DocumentLosses, evaluate_models
-from nano_think.evals.retrieval_evidence import interval_json
+from nano_think.evals.retrieval_evidence import differences_json
 from nano_think.model import NanoThink
 from nano_think.retrieval import MemorySlots
 from nano_think.tokenizer import Tokenizer
@@ -119,9 +119,7 @@ def planted_facts(
         "answer_tokens": int(losses["off"].num_tokens.sum()),
         "retrieved": retrieved,
         "modes": {name: {"loss": losses[name].loss(), "accuracy": right[name]} for name in losses},
-        "differences": {
-            name: interval_json(value) | {"verdict": value.verdict} for name, value in differences.items()
-        },
+        "differences": differences_json(differences),
         "recalls": all(value.verdict == "better" for value in differences.values()),
     }
 

@@ -22,9 +22,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nano_think.artifacts.memory import SPLIT, Memory
-from nano_think.evals.bootstrap import Difference, Interval, paired_difference, resample
+from nano_think.evals.bootstrap import Difference, paired_difference, ratio
 from nano_think.evals.losses import Batch, DocumentLosses, evaluate_models
 from nano_think.evals.memory_modes import MemoryModes, overlap
+from nano_think.evals.ratios import interval, mean_interval, number, plain
 from nano_think.model import NanoThink
 from nano_think.ops.layout import Layout
 from nano_think.vector_records import Reader
@@ -81,10 +82,10 @@ def scored_batches(
     `overlap` (B, L), see `memory_modes.overlap`: negative where a token sees no memory.
     """
     modes, scored = MemoryModes(memory, source_of, seed), []
-    for number, batch in enumerate(batches):
+    for index, batch in enumerate(batches):
         layout = Layout(batch["positions"], batch["segments"])
         kept = {name: batch[name] for name in ("labels", "doc_uid", "domain")}
-        slots = modes.slots(batch, number)
+        slots = modes.slots(batch, index)
         for name, seen in slots.items():
             kept[name] = model.token_nll(batch["tokens"], batch["labels"], layout, seen)
         assert slots["real"] is not None
@@ -123,12 +124,14 @@ def memory_losses(
             }
             for name, value in losses.items()
         },
-        "differences": _as_json(differences),
+        "differences": differences_json(differences),
         "differences_seeing": (
-            _as_json(_differences(_losses(seeing, domains, byte_lengths), **options)) if sum(labelled) else {}
+            differences_json(_differences(_losses(seeing, domains, byte_lengths), **options))
+            if sum(labelled)
+            else {}
         ),
         "domains": {
-            domain: _as_json(_differences(losses, domain=index, **options))
+            domain: differences_json(_differences(losses, domain=index, **options))
             for index, domain in enumerate(domains)
             if losses["none"].documents(index)
         },
@@ -161,7 +164,7 @@ def overlap_buckets(
         differences = _differences(losses, n_resamples=resamples, seed=seed)
         counted = {"tokens": int(losses["none"].num_tokens.sum()), "documents": len(losses["none"])}
         shares = {"low": max(low, 0.0), "high": high}
-        buckets.append({**shares, **counted, "differences": _as_json(differences)})
+        buckets.append({**shares, **counted, "differences": differences_json(differences)})
         if differences["real - shuffled"].verdict == "better":
             better.append(high)
     copying = None if not better else BUCKETS[0] not in better
@@ -214,14 +217,14 @@ def _precision(table: np.ndarray) -> dict[str, Any]:
     hit, found, expected = table[:, 2:].sum(0)
     lift = hit / expected if expected else math.nan
     shares = {"precision": hit / max(found, 1), "base_rate": expected / max(found, 1), "lift": lift}
-    return {"queries": len(table)} | {name: _number(value) for name, value in shares.items()}
+    return {"queries": len(table)} | {name: number(value) for name, value in shares.items()}
 
 
 def _excess(table: np.ndarray, resamples: int, seed: int) -> dict[str, Any]:
     documents, group = np.unique(table[:, 0], return_inverse=True)
     sums = np.zeros((len(documents), 2))
     np.add.at(sums, group, np.stack([table[:, 2] - table[:, 4], table[:, 3]], axis=1))
-    return _ratio_interval(sums, resamples, seed)
+    return interval(sums, ratio, sums[:, 1], n_resamples=resamples, seed=seed)
 
 
 @torch.no_grad()
@@ -259,7 +262,7 @@ def known_item(
         f"recall@{RANKS}": float(right.any(1).mean()),
         "chance_mrr": _chance(len(found)),
         "same_domain_chance_mrr": float(np.mean([_chance(int((domain == one).sum())) for one in domain])),
-        "interval": _ratio_interval(np.stack([reciprocal, np.ones(len(found))], axis=1), resamples, seed),
+        "interval": mean_interval(reciprocal, np.arange(len(found)), n_resamples=resamples, seed=seed),
     }
 
 
@@ -274,9 +277,9 @@ def _halves(batches: Iterable[Batch], least: int) -> list[dict[str, Any]]:
     for batch in batches:
         segments = batch["segments"]
         for row in range(len(segments)):
-            numbers = segments[row][segments[row] >= 0].unique()
-            for number in numbers.tolist():
-                columns = (segments[row] == number).nonzero().flatten()
+            fragments = segments[row][segments[row] >= 0].unique()
+            for fragment in fragments.tolist():
+                columns = (segments[row] == fragment).nonzero().flatten()
                 uid, length = int(batch["doc_uid"][row, columns[0]]), len(columns)
                 if length < least or length <= longest.get(uid, {"length": 0})["length"]:
                     continue
@@ -402,27 +405,6 @@ def _differences(
     return {f"{a} - {b}": paired_difference(losses[a], losses[b], domain=domain, **options) for a, b in pairs}
 
 
-def _as_json(differences: Mapping[str, Difference]) -> dict[str, dict[str, Any]]:
-    return {name: interval_json(value) | {"verdict": value.verdict} for name, value in differences.items()}
-
-
-def interval_json(interval: Interval) -> dict[str, Any]:
-    """{estimate, low, high, documents}, None for NaN."""
-    ends = {name: _number(getattr(interval, name)) for name in ("estimate", "low", "high")}
-    return ends | {"documents": interval.documents}
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _ratio_interval(sums: np.ndarray, resamples: int, seed: int) -> dict[str, Any]:
-    """Interval of sum of the first column over sum of the second, rows (M, 2) resampled."""
-    if len(sums) == 0:
-        return interval_json(Interval(math.nan, math.nan, math.nan, 0))
-    estimate = float(sums[:, 0].sum() / sums[:, 1].sum())
-    if len(sums) < 2:
-        return interval_json(Interval(estimate, math.nan, math.nan, len(sums)))
-    values = resample(sums, lambda total: total[:, 0] / total[:, 1], n_resamples=resamples, seed=seed)
-    low, high = np.quantile(values, [0.025, 0.975])
-    return interval_json(Interval(estimate, float(low), float(high), len(sums)))
+def differences_json(differences: Mapping[str, Difference]) -> dict[str, dict[str, Any]]:
+    """By name {estimate, low, high, documents, verdict}, None for NaN."""
+    return {name: plain(value) | {"verdict": value.verdict} for name, value in differences.items()}
