@@ -60,6 +60,9 @@ class Cost:
 def cost_of(fit: Fit, task: FitTask, data: TokenDataModule) -> Cost:
     """The cost of a fit before it starts; UserError where a network does not say what it multiplies."""
     length, network = document_length(data, fit.train_split), task.network
+    unique = data.num_rows(fit.train_split) * data.seq_len
+    if data.train_tokens is not None:
+        unique = min(unique, data.train_tokens)
     micro_batch = fit.training["batch_size"] * data.seq_len
     options = {"tokens": micro_batch, **task.flops_options}
     try:
@@ -74,7 +77,7 @@ def cost_of(fit: Fit, task: FitTask, data: TokenDataModule) -> Cost:
         optimizer_flops(task.make_optimizer(network)),
         tokens=micro_batch * fit.accumulate,
         filling=filling,
-        unique=data.num_rows(fit.train_split) * data.seq_len,
+        unique=unique,
         trained=sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
     )
 
