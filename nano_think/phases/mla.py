@@ -6,6 +6,7 @@ the selected weights of the one before, and what it gains is therefore its own.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, save_fu
 from nano_think.artifacts.memory import Memory, build_memory, load_memory, save_memory
 from nano_think.errors import UserError
 from nano_think.evals.flops import forward_flops
+from nano_think.evals.forgetting import forgetting
 from nano_think.evals.pools import ExpertOutputs, expert_outputs
 from nano_think.evals.report import Table, render_table
 from nano_think.files import write_json
@@ -68,6 +70,8 @@ def mla_maker(run: Run, stage: str) -> Maker:
         needs["before"] = mla_maker(run, "7a" if one and stage == "7c" else STAGES[STAGES.index(stage) - 1])
         keys = ("anchor", "entropy_token", "entropy_mean", "memory_dropout", "router_lr_scale")
         spec |= {"fit": fit.spec, **{key: training[key] for key in keys}}
+        if stage == "7c" and training["unfreeze"] != "none":
+            spec["unfreeze"] = _unfreeze(training["unfreeze"])
     if stage == "7d":
         spec |= {"retrieval": _retrieval(run), "store": run.plain(run.cfg.model.store)}
 
@@ -79,6 +83,14 @@ def mla_maker(run: Run, stage: str) -> Maker:
     command = run.command(phase=phase, expert=expert, stage=stage)
     maker = Maker(f"mla_{stage}", spec, build, needs, command)
     return maker
+
+
+def _unfreeze(choice: str) -> str:
+    from nano_think.tasks.route import UNFROZEN  # here, so that naming a stage does not import Lightning
+
+    if choice not in UNFROZEN:
+        raise UserError(f"training.mla.unfreeze={choice} is unknown: choose {', '.join(UNFROZEN)}")
+    return choice
 
 
 def _refuse_leaks(*networks: dict[str, Any]) -> None:
@@ -221,10 +233,14 @@ def _train(run: Run, maker: Maker, stage: str, fit: Fit, path: Path) -> dict[str
         slots=memory.slots if memory else None,
         seed=run.cfg.seed,
         cache=cache,
+        unfreeze=maker.spec.get("unfreeze", "none"),
         **fit.factories(scale),
         **options,
     )
+    held = copy.deepcopy(model) if "unfreeze" in maker.spec else None
     result = fit(task, data, run.work_dir(maker))
+    if held is not None:
+        result["alone"] = forgetting(held, model.cpu(), list(data.val_dataloader()))
     save_fused(path, start.spec["model"], model.cpu(), tokenizer, run.cfg.size.seq_len)
     write_json(path / "static.json", json.loads((start.path / "static.json").read_text()))
     if memory is not None:

@@ -24,6 +24,8 @@ TRAINABLE = {
     "7d": ("router.", "expert_gain", "embedding.", "mla."),
 }
 MEMORY_PART = ".slots."
+# What 7c trains of the experts beside that, as parts of parameter names; `all` is the ablation of freezing.
+UNFROZEN = {"none": (), "adapters": (".entry.",), "all": ("",)}
 
 SlotSource = Callable[[Batch], Any]
 
@@ -37,6 +39,7 @@ class RouteTask(FitTask):
     entropy_mean: weight of -H(mean_t w_t); positive spreads the average use of experts.
     slots: memory of a batch (7d); memory_dropout: share of training rows that go without it.
     cache: of what this network's experts say of a row (7b), for batches that name their rows.
+    unfreeze: what 7c also trains of the experts, `none`, their entry `adapters` or `all`; without dropout.
     Raises ValueError for a network or a memory that reads later tokens, and for a cache in another stage than 7b.
     """
 
@@ -55,6 +58,7 @@ class RouteTask(FitTask):
         memory_dropout: float = 0.5,
         seed: int = 0,
         cache: ExpertCache | None = None,
+        unfreeze: str = "none",
     ) -> None:
         super().__init__(network, optimizer, schedule, domains, byte_lengths)
         if cache is not None and stage != "7b":
@@ -67,7 +71,7 @@ class RouteTask(FitTask):
         self.memory_dropout, self.seed, self.cache = memory_dropout, seed, cache
         self.val_routing = RoutingStats(list(network.experts), self.domains)
         network.freeze_experts()
-        set_trainable(network, stage)
+        set_trainable(network, stage, unfreeze)
         # Taken now: a resumed run loads later weights afterwards, and must still pull to this start. In a
         # tuple, so that it is no part of the module's state.
         self._reference = (network.embedding.weight.detach().clone(),)
@@ -155,16 +159,21 @@ class RouteTask(FitTask):
         return memory.dropped(keep.to(batch["tokens"].device))
 
 
-def set_trainable(model: NanoThink, stage: str) -> list[str]:
+def set_trainable(model: NanoThink, stage: str, unfreeze: str = "none") -> list[str]:
     """Let exactly the declared set of `stage` receive gradients; returns the names.
+
+    unfreeze: what 7c also trains of the experts, a key of `UNFROZEN`.
 
     Where memory is read apart (mla.slot_reader=own), 7d trains what reads it and nothing else: without memory the
     model stays that of 7c. Where probabilities are mixed, 7b leaves the experts' gains as they are: what an expert
     says of a label is then fixed, and the router learns from one number an expert and token.
-    Raises ValueError for a stage without training (7a is a convex fit).
+    Raises ValueError for a stage without training (7a is a convex fit) and for an unknown `unfreeze`.
     """
     if stage not in TRAINABLE:
         raise ValueError(f"stage {stage} trains nothing; choose from {', '.join(TRAINABLE)}")
+    if unfreeze not in UNFROZEN:
+        raise ValueError(f"unfreeze={unfreeze} is unknown; choose from {', '.join(UNFROZEN)}")
+    parts = UNFROZEN[unfreeze] if stage == "7c" else ()
     names, prefixes = [], TRAINABLE[stage]
     if stage == "7d" and getattr(getattr(model.mla, "attention", None), "reads_apart", False):
         prefixes = ("mla.attention.slots.",)
@@ -172,6 +181,7 @@ def set_trainable(model: NanoThink, stage: str) -> list[str]:
         prefixes = ("router.",)
     for name, parameter in model.named_parameters():
         trained = name.startswith(prefixes) and (stage == "7d" or MEMORY_PART not in name)
+        trained |= name.startswith("experts.") and any(part in name for part in parts)
         parameter.requires_grad_(trained)
         if trained:
             names.append(name)

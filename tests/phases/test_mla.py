@@ -246,6 +246,27 @@ def test_a_single_expert_is_finetuned_without_a_router_stage(built):
     assert not torch.equal(after.model.embedding.weight, before.model.embedding.weight)
 
 
+def test_unfrozen_experts_move_and_what_they_forget_is_recorded(built):
+    steps = ("trainer.max_steps=6", "++prereq.expert.trainer.max_steps=6")
+    run = built.new("phase=mla", "expert=all", *steps, "training.mla.unfreeze=adapters")
+    maker = mla_maker(run, "7c")
+    assert maker.needs["before"].recipe.hash == mla_maker(built.first, "7b").recipe.hash
+    result = load_checkpoint(run.obtain(maker)).provenance["result"]
+    before = load_checkpoint(maker.needs["before"].recipe.path(run.artifacts)).model.state_dict()
+    after = load_checkpoint(maker.recipe.path(run.artifacts)).model.state_dict()
+    moved = {
+        name for name in before if name.startswith("experts.") and not torch.equal(before[name], after[name])
+    }
+    assert moved == {f"experts.{name}.entry.adaptor.weight" for name in EXPERTS}
+    assert set(result["alone"]) == set(EXPERTS)
+    assert all(losses["before"] != losses["after"] for losses in result["alone"].values())
+
+
+def test_an_unknown_choice_of_what_to_unfreeze_is_refused(built):
+    with pytest.raises(UserError, match="unfreeze=some is unknown: choose none, adapters, all"):
+        mla_maker(built.first.composed("mla", ["++training.mla.unfreeze=some"]), "7c")
+
+
 def test_a_deleted_earlier_stage_is_no_obstacle(built, tmp_path):
     maker = dict(stages_of(mla_maker(built.first, "7d")))["7b"]
     path = maker.recipe.path(built.first.artifacts)

@@ -84,6 +84,18 @@ def test_the_declared_sets_name_by_name(fused):
         set_trainable(network, "7a")
 
 
+def test_what_7c_may_unfreeze(fused):
+    network = fused()
+    frozen = set(set_trainable(network, "7c"))
+    experts = {name for name, _ in network.named_parameters() if name.startswith("experts.")}
+    adapters = {f"experts.{name}.entry.adaptor.weight" for name in network.experts}
+    assert set(set_trainable(network, "7c", "adapters")) == frozen | adapters
+    assert set(set_trainable(network, "7c", "all")) == frozen | experts
+    assert not set(set_trainable(network, "7b", "all")) & experts
+    with pytest.raises(ValueError, match="choose from none, adapters, all"):
+        set_trainable(network, "7c", "some")
+
+
 def test_the_router_learns_which_expert_knows_the_batch(fused, objective, common, data, losses):
     batch = next(iter(data().dataloader("fusion_train")))
     taught = objective("transformer")

@@ -1,0 +1,40 @@
+"""What an expert has forgotten: its loss on its own before and after the mixture trained it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nano_think.evals.losses import Batch
+from nano_think.model import ExpertLM, NanoThink
+from nano_think.ops.layout import Layout
+
+
+def forgetting(before: NanoThink, after: NanoThink, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
+    """Nats a token of each expert alone, {name: {before, after}}, both with the table it was pre-trained with.
+
+    An expert that stayed frozen has the same bits, and therefore the same loss.
+    """
+    table = before.embedding
+    found: dict[str, dict[str, float]] = {}
+    for name in before.experts:
+        own = before.tables[name] if name in before.tables else table
+        found[name] = {
+            when: _loss(ExpertLM(own, model.experts[name]), batches)
+            for when, model in (("before", before), ("after", after))
+        }
+    return found
+
+
+@torch.no_grad()
+def _loss(network: ExpertLM, batches: Sequence[Batch]) -> float:
+    total, tokens = 0.0, 0
+    network.eval()
+    for batch in batches:
+        nll = network.token_nll(
+            batch["tokens"], batch["labels"], Layout(batch["positions"], batch["segments"])
+        )
+        scored = batch["labels"] >= 0
+        total, tokens = total + float(nll[scored].double().sum()), tokens + int(scored.sum())
+    return total / tokens
