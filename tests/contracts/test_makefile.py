@@ -24,6 +24,7 @@ CALLS = {
     "audit": "train.py phase=audit",
     "generate": "train.py phase=generate",
     "demo": "train.py phase=pipeline experiments=demo",
+    "study": "train.py phase=study study.redraw=true study.out=experiments/results/study",
     "sweep": "train.py -m phase=mla expert=all optimizer=adamw,muon seed=1,2",
     "tensorboard": "tensorboard.main --logdir outputs",
     "bench": "-m benchmarks all",
@@ -63,6 +64,18 @@ def test_every_target_says_what_it_would_do(installed: str, target: str) -> None
         assert CALLS[target] in commands
     if target in SAME:
         assert commands == make("-n", SAME[target], installed)
+
+
+def test_a_study_of_a_corpus_is_trained_and_one_without_is_drawn_again(installed: str) -> None:
+    (line,) = make("-n", "study", installed, "DATA=texts", "ARGS=study.seeds=[1]").splitlines()
+    assert "redraw" not in line
+    for part in (
+        "experiments=study ",
+        "data=jsonl data.root=texts ",
+        "study.out=outputs/study ",
+        "study.seeds=[1]",
+    ):
+        assert part in line
 
 
 def test_phases_six_and_eight_are_several_commands(installed: str) -> None:
