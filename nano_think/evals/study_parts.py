@@ -39,23 +39,14 @@ def _steps(report: Report, value: Values, folder: Path) -> None:
     loss = {"diffuser": (counts, [number(entry["loss"]["estimate"]) for entry in curve])}
     if (teacher := as_interval(value.get("teacher_loss"))) is not None:
         loss["Transformer (its teacher)"] = (counts, [teacher.estimate] * len(counts))
-    path = plots.line_chart(
-        folder / "denoising_loss.png",
-        loss,
-        x_label="denoising steps K",
-        y_label="loss (nats per token)",
-        x_scale="log",
-    )
-    report.figure(path, "Loss by number of denoising steps.")
     time = {"noisy passes": (counts, [number(entry["seconds_per_token"]) for entry in curve])}
-    path = plots.line_chart(
-        folder / "denoising_time.png",
-        time,
-        x_label="denoising steps K",
-        y_label="seconds a token",
-        x_scale="log",
-    )
-    report.figure(path, "Time by number of denoising steps.")
+    for measure, curves, y_label in (
+        ("loss", loss, "loss (nats per token)"),
+        ("time", time, "seconds a token"),
+    ):
+        path = folder / f"denoising_{measure}.png"
+        plots.line_chart(path, curves, x_label="denoising steps K", y_label=y_label, x_scale="log")
+        report.figure(path, f"{measure.capitalize()} by number of denoising steps.")
     names = ("steps", "network_passes", "loss", "minus_one_step", "gap", "kl", "helps", "seconds_per_token",
              "decode_seconds_per_token")  # fmt: skip
     headers = ["steps", "passes", "loss (nats/token)", "minus one step", "minus teacher", "KL(teacher, it)",

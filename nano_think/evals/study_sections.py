@@ -56,7 +56,7 @@ def main_table(report: Report, stats: StudyStatistics, folder: Path) -> None:
     record = stats.record
     rows, domain_rows, bars = [], [], {}
     for key, facts in record.models.items():
-        errors = [e[key] for s in record.seeds.values() if (e := _calibration(s)).get(key) is not None]
+        errors = [e for seed in record.seeds.values() if (e := _calibration(seed).get(key)) is not None]
         validation = stats.validation(key)
         rows.append(
             [
@@ -102,7 +102,7 @@ def main_table(report: Report, stats: StudyStatistics, folder: Path) -> None:
 
 def _calibration(seed: Mapping[str, Any]) -> Mapping[str, float]:
     """ECE by model of one seed, where it was measured."""
-    return seed.get("ece") or seed.get("evidence", {}).get("calibration", {}).get("ece", {})
+    return seed.get("evidence", {}).get("calibration", {}).get("ece", {})
 
 
 def _shown(stats: StudyStatistics) -> list[str | None]:

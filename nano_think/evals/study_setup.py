@@ -199,17 +199,16 @@ def _turn(difference: SeedDifference) -> str:
 
 
 def provenance(report: Report, stats: StudyStatistics) -> None:
-    """Commands, commit, machine, reads of the test split and hashes of all inputs."""
+    """Commands, commit and machine that wrote the record, reads of the test split and hashes of all inputs."""
     record, facts = stats.record, stats.record.facts
     report.heading("How to repeat it")
     commands = "\n".join(map(str, facts.get("commands", []))) or "no commands were recorded"
     report.text(f"```\n{commands}\n```")
-    versions = facts.get("versions", {})
     rows: list[list[Any]] = [
         ["leak audit", facts.get("audit", "not recorded")],
         ["reads of the test split", str(facts.get("test_reads", "not recorded"))],
         ["hash of all inputs", f"`{record.digest()}`"],
-        *settings_rows({"commit": facts.get("commit"), "machine": facts.get("machine"), **versions}),
+        *settings_rows(facts.get("versions", {})),
     ]
     report.table(["what", "value"], rows, align=["l", "l"])
     commands_of = {

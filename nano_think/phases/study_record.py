@@ -40,7 +40,6 @@ def write_record(out: Path, plans: Sequence[Plan], trials: Sequence[Trial], seed
         "question": first.settings["question"],
         "commands": [portable(first.run.command(phase="study"))],
         "settings": _settings(first, seeds),
-        "machine": versions()["machine"],
         "versions": versions(),
         "data": _data(first, losses["test", first.seed]),
         "models": model_facts(first),
@@ -79,12 +78,11 @@ def _settings(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
 
 def _data(plan: Plan, test: StudyLosses) -> dict[str, Any]:
     corpus = load_corpus(plan.run, plan.shards.needs["corpus"]).manifest
+    tokenizer = plan.result(plan.shards.needs["tokenizer"])
     return {
         "source": corpus["source"]["name"],
         "corpus_hash": corpus["hash"],
-        "tokenizer_hash": plan.run.result_of(plan.shards.needs["tokenizer"].recipe.path(plan.run.artifacts))[
-            "hash"
-        ],
+        "tokenizer_hash": tokenizer["hash"],
         "domains": list(corpus["domains"]),
         "train_tokens": plan.settings["expert_tokens"],
         "fusion_tokens": plan.settings["fusion_tokens"],

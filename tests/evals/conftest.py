@@ -111,8 +111,10 @@ def seed_facts(seed: int, keys: list[str]) -> dict[str, Any]:
                 "reason": "no difference",
             },
         ],
-        "evidence": {"other": {"value": 0.25 * seed, "table": {"a": 1, "b": 2}}},
-        "ece": dict.fromkeys(keys, 0.01),
+        "evidence": {
+            "calibration": {"ece": dict.fromkeys(keys, 0.01 * seed)},
+            "other": {"value": 0.25 * seed, "table": {"a": 1, "b": 2}},
+        },
     }
 
 
@@ -129,9 +131,12 @@ def make_study(
         "question": "Is a mixture better than one Transformer?",
         "commands": ["make study DATA=corpus"],
         "settings": {"size": "study", "seeds": list(seeds)},
-        "machine": "two cores",
-        "versions": {"python": "3.11", "packages": {"torch": "2.9"}},
-        "commit": "0123abc",
+        "versions": {
+            "commit": "0123abc",
+            "python": "3.11",
+            "packages": {"torch": "2.9"},
+            "machine": "two cores",
+        },
         "data": {
             "corpus_hash": "c0ffee",
             "tokenizer_hash": "7ea",
