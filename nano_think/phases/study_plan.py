@@ -86,7 +86,8 @@ class Plan:
     def trained(self) -> dict[str, Maker]:
         """Every artefact of this seed by model key, in an order in which each finds what it needs."""
         makers = {name: self.fit(name) for name in EXPERTS}
-        makers |= {f"fused_{stage}": mla_maker(self.run_of("fused_7c"), stage) for stage in self.stages}
+        fused = self.run_of("fused_7c")
+        makers |= {f"fused_{stage}": mla_maker(fused, stage) for stage in self.stages}
         makers["finetuned_transformer"] = self.fit("finetuned_transformer")
         makers |= {name: self.fit(name) for name in SINGLE}
         for number in range(1, self.settings["pool"]):
@@ -136,8 +137,9 @@ class Plan:
     @cached_property
     def mixture_flops(self) -> float:
         """FLOPs of everything that training the mixture takes, experts included, over the planned steps."""
+        fused = self.run_of("fused_7c")
         makers = {name: self.fit(name) for name in EXPERTS}
-        makers |= {stage: mla_maker(self.run_of("fused_7c"), stage) for stage in ("7a", "7b", "7c")}
+        makers |= {stage: mla_maker(fused, stage) for stage in ("7a", "7b", "7c")}
         return sum(self.costs.training(name, maker) for name, maker in makers.items())
 
     def _matching(self, family: str) -> dict[str, Any]:
