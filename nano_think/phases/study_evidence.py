@@ -90,9 +90,8 @@ class Evidence:
         """Denoising steps, restoration, drafts and gaps."""
         network, teacher = self._alone("diffuser"), self._alone("transformer")
         few = sample_documents(self.batches, self.tokens // 10, max_per_document=MAX_PER_DOCUMENT)
-        counts = torch.zeros(self.tokenizer.vocab_size)
-        for batch in self.sample:
-            counts += torch.bincount(batch["tokens"].flatten(), minlength=len(counts))
+        read = [torch.from_numpy(tokens.astype("int64")) for tokens, _ in self.measured.read_by_experts()]
+        counts = torch.bincount(torch.cat(read), minlength=self.tokenizer.vocab_size)
 
         def drafts() -> dict[str, Any]:
             texts, _ = excerpts(self.batches, PROMPT + BLOCK, EXCERPTS)

@@ -15,6 +15,7 @@ from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint
 from nano_think.artifacts.memory import load_memory
 from nano_think.artifacts.recipe import COMPLETE_MARK
 from nano_think.data.module import TokenDataModule
+from nano_think.data.seen import Stream
 from nano_think.evals.losses import Batch, DocumentLosses, NllFunction, evaluate_models
 from nano_think.evals.ngram import KneserNey
 from nano_think.evals.oracles import (
@@ -138,13 +139,17 @@ class Measured:
 
     def ngrams(self) -> Mapping[str, NllFunction]:
         """Kneser-Ney models of the text that an expert read."""
-        checkpoint = self.checkpoints["transformer"]
-        rows = checkpoint.provenance["result"]["tokens"] // self.data.seq_len
-        streams = as_trained(self.data, checkpoint.provenance).seen(rows)
+        streams = self.read_by_experts()
         return {
             name: KneserNey.fit(streams, order=order, vocab_size=self.data.vocab_size).batch_nll
             for name, order in NGRAMS.items()
         }
+
+    def read_by_experts(self) -> list[Stream]:
+        """(tokens, document starts) a domain of the text that the Transformer expert read, each row once."""
+        checkpoint = self.checkpoints["transformer"]
+        rows = checkpoint.provenance["result"]["tokens"] // self.data.seq_len
+        return as_trained(self.data, checkpoint.provenance).seen(rows)
 
     def _model(self, name: str) -> Any:
         return self.checkpoints[name].model
