@@ -14,7 +14,7 @@ from nano_think.evals.flops import filling_flops, forward_flops, training_flops
 from nano_think.model import ExpertLM, NanoThink
 from nano_think.phases.mla import fused_spec, model_settings
 from nano_think.phases.run import Maker, Run
-from nano_think.tasks.route import TRAINABLE
+from nano_think.tasks.route import TRAINABLE, set_trainable
 
 MAX_LAYERS = 100
 
@@ -81,10 +81,11 @@ class Costs:
         if name not in TRAINABLE:
             return tokens * self._expert(name, network or self.lone(name))
         network = self.mixture(maker.spec["experts"])
+        set_trainable(network, name, maker.spec.get("unfreeze", "none"))
         if name != "7b":
-            return tokens * training_flops(network, self.seq_len, TRAINABLE[name], **reach)
+            return tokens * training_flops(network, self.seq_len, **reach)
         once = maker.spec["fit"]["loader"].get("train_tokens", tokens)
-        cached = training_flops(network, self.seq_len, TRAINABLE[name], cached=True)
+        cached = training_flops(network, self.seq_len, cached=True)
         return tokens * cached + min(once, tokens) * filling_flops(network, self.seq_len)
 
     def _expert(self, name: str, network: ExpertLM) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nano_think.model import ExpertLM
+from nano_think.model import ExpertLM, NanoThink
 from nano_think.phases.study_plan import EXPERTS, SINGLE, Plan
 from nano_think.tasks.route import set_trainable
 
@@ -80,7 +80,9 @@ class ModelCosts:
         )
         tuned = self.costs.mixture(["transformer"])
         spent = found["transformer"]["training_flops"] + self.fit_flops("finetuned_transformer")
-        found["finetuned_transformer"] = self._facts(tuned, spent, set_trainable(tuned, "7c"))
+        found["finetuned_transformer"] = self._facts(
+            tuned, spent, self._trained("finetuned_transformer", tuned)
+        )
         return found
 
     def _pools(
@@ -118,8 +120,13 @@ class ModelCosts:
                 # 7c has read all that the memory holds, to write it
                 held = self.plan.result(self.plan.trained[key])["memory"]["tokens"]
                 spent, seen = spent + held * self.costs.inference_flops(mixture), self._memory()
-            found[key] = self._facts(mixture, spent, set_trainable(mixture, stage), **seen)
+            found[key] = self._facts(mixture, spent, self._trained(key, mixture), **seen)
         return found
+
+    def _trained(self, key: str, network: NanoThink) -> list[str]:
+        """Names of the parameters that the last stage of a mixture trains."""
+        maker = self.plan.trained[key]
+        return set_trainable(network, maker.kind.removeprefix("mla_"), maker.spec.get("unfreeze", "none"))
 
     def _single(self, key: str) -> ExpertLM:
         """The network of a lone Transformer."""

@@ -66,6 +66,15 @@ def test_equal_training_flops_takes_what_the_whole_mixture_took(plan):
     assert spent["7b"] / tokens["7b"] < spent["7c"] / tokens["7c"]
 
 
+def test_experts_that_7c_trains_too_are_paid_for(plan, project):
+    run = project.new("phase=study", *LIMITS, "training.mla.unfreeze=all")
+    flops = [
+        one.costs.training("7c", mla_maker(one.run_of("fused_7c"), "7c"))
+        for one in (plan, Plan(run, plan.seed, plan.domains))
+    ]
+    assert flops[0] < flops[1]
+
+
 def test_everybody_reads_what_it_may(plan):
     def read(maker):
         return maker.spec["fit"]["loader"]["train_tokens"], maker.spec["fit"]["split"]
