@@ -16,7 +16,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from nano_think.evals.bootstrap import Difference, paired_difference
 from nano_think.evals.losses import DocumentLosses
 from nano_think.evals.pools import ExpertOutputs
 from nano_think.ops.cross_entropy import linear_cross_entropy
@@ -65,21 +64,6 @@ def expert_per_domain(losses: Mapping[str, DocumentLosses], choice: Sequence[str
     names, first = list(losses), _first(losses)
     index = np.array([names.index(name) for name in choice])[first.domain]
     return dataclasses.replace(first, sum_nll=_table(losses)[index, np.arange(len(first))])
-
-
-def regrets(
-    model: DocumentLosses,
-    oracles: Mapping[str, DocumentLosses],
-    *,
-    domain: int | None = None,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Difference]:
-    """What the model loses against each oracle, in nats a token with an interval over documents."""
-    return {
-        name: paired_difference(model, oracle, domain=domain, n_resamples=n_resamples, seed=seed)
-        for name, oracle in oracles.items()
-    }
 
 
 def static_per_domain(outputs: ExpertOutputs, num_domains: int, space: Space = "hidden") -> Tensor:
