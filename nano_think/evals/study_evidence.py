@@ -60,7 +60,7 @@ def _main(topic: str, value: Values) -> dict[str, str]:
         return worth | follow | {f"oracle gain by {n}": f"oracle/{n}" for n in value["oracle"]}
     if topic == "calibration":
         return {}
-    if topic == "spaces":
+    if topic == "spaces" and "spaces" in value:
         return {f"adaptor of {e}": f"adaptor_distance/{e}" for e in value["adaptor_distance"]}
     if topic == "denoiser":
         return _main_denoiser(value)

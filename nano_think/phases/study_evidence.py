@@ -84,7 +84,7 @@ class Evidence:
 
     def spaces(self) -> dict[str, Any]:
         """Whether the experts speak one language: CKA and linear probes, entry adaptors on and off."""
-        return plain(shared_spaces(self.fused, self.sample, self.classes, self.domains))
+        return plain(_or_reason(lambda: shared_spaces(self.fused, self.sample, self.classes, self.domains)))
 
     def denoiser(self) -> dict[str, Any]:
         """Denoising steps, restoration, drafts and gaps."""
@@ -147,7 +147,7 @@ class Evidence:
 
 
 def _or_reason(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was found, or why it cannot be asked of this text: its documents may be too short."""
+    """What was found, or why it cannot be asked of this text: its documents may be too short or too few."""
     try:
         return find()
     except ValueError as error:

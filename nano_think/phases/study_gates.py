@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import inf, nan
 from types import SimpleNamespace
 from typing import Any
 
 from nano_think.evals import gates
 from nano_think.evals.bootstrap import Difference, paired_difference
-from nano_think.evals.losses import DocumentLosses
 from nano_think.evals.report import plain
 from nano_think.evals.seeds import difference_over_seeds
+from nano_think.evals.study_statistics import FUSED
 from nano_think.phases.study_measure import load_losses, losses_maker
 from nano_think.phases.study_plan import EXPERTS, Plan
 
@@ -50,7 +51,7 @@ def study_gates(plan: Plan, evidence: dict[str, Any], test_reads: int) -> list[d
         gates.router_gate(minus("fused_7b", "static"), routing["information"], routing["p_value"]),
         gates.training_gate(minus("fused_7c", "fused_7b"), minus("fused_7c", "finetuned_transformer")),
         gates.memory_gate(_shuffled(evidence), minus("fused_7d", "fused_7c")),
-        _final(plan, test_reads),
+        _final(plan, best, min(FUSED, key=lambda stage: loss.get(stage, inf)), test_reads),
     ]
     return [plain(asdict(gate)) for gate in found]
 
@@ -58,13 +59,14 @@ def study_gates(plan: Plan, evidence: dict[str, Any], test_reads: int) -> list[d
 def _shuffled(evidence: dict[str, Any]) -> Any:
     """Real minus shuffled memory, None without a memory."""
     measured = evidence.get("memory", {}).get("R1", {}).get("differences", {}).get("real - shuffled")
-    return SimpleNamespace(**measured) if measured else None
+    if not measured:
+        return None
+    return SimpleNamespace(**{name: nan if value is None else value for name, value in measured.items()})
 
 
-def _final(plan: Plan, test_reads: int) -> gates.Gate:
-    losses: dict[str, DocumentLosses] = load_losses(plan, losses_maker(plan, "test"))
-    best = min(EXPERTS, key=lambda name: losses[name].loss())
-    fused = losses["fused_7c"]
+def _final(plan: Plan, best: str, fused: str, test_reads: int) -> gates.Gate:
+    """G8; best, fused: the expert and the stage of the mixture that are best on validation text."""
+    losses = load_losses(plan, losses_maker(plan, "test"))
     others = {**losses, "best_expert": losses[best]}
-    differences = {name: paired_difference(fused, others[name]) for name in REQUIRED}
+    differences = {name: paired_difference(losses[fused], others[name]) for name in REQUIRED}
     return gates.final_gate(differences, REQUIRED, test_reads)

@@ -249,12 +249,14 @@ def test_a_topic_that_could_not_be_measured_gives_its_reason(make_study, tmp_pat
     record = make_study(seeds=(1,))
     record.facts["seeds"]["1"]["evidence"] = {
         "lengths": {"reason": "the documents are too short"},
+        "spaces": {"reason": "one document cannot be halved"},
         "routing": {"information": 0.001, "interval": None, "p_value": 0.4},
     }
     report = Report("T")
     evidence(report, record, tmp_path)
     text = report.markdown(tmp_path)
     assert "the documents are too short" in text
+    assert "one document cannot be halved" in text
     assert "does not measurably depend on the domain" in text
 
 
