@@ -13,9 +13,9 @@ from nano_think.cache import AppendState, RingState
 from nano_think.nn.block import init_blocks
 from nano_think.nn.flops import Product, Reach
 from nano_think.nn.mixers.latent_attention import KeyValueKind, LatentAttention
-from nano_think.nn.mixers.slots import SlotReaderKind, Slots
 from nano_think.nn.norm import RMSNorm
 from nano_think.nn.pools import Pool, RunningMean, Sums, WholeDocument, WindowMean
+from nano_think.nn.slots import SlotReaderKind, Slots
 from nano_think.ops.layout import Layout
 from nano_think.ops.rope import RopeLayout
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nano_think.cache import Cache, State
 from nano_think.mla import ExpertRouter
-from nano_think.nn.mixers.slots import Slots
+from nano_think.nn.slots import Slots
 from nano_think.ops.cross_entropy import IGNORED, linear_cross_entropy
 from nano_think.ops.layout import Layout
 

@@ -14,7 +14,7 @@ from nano_think.evals.report import Table, render_table
 from nano_think.experts.diffuser import DiffuserExpert
 from nano_think.files import atomic_write, write_json
 from nano_think.model import ExpertLM, NanoThink
-from nano_think.nn.mixers.slots import SlotReader
+from nano_think.nn.slots import SlotReader
 from nano_think.phases.mla import fused_spec, model_settings
 from nano_think.phases.run import Run
 

@@ -40,7 +40,7 @@ from nano_think.evals.flops import parts_of
 from nano_think.model import ExpertLM, NanoThink
 from nano_think.nn import mixers as mixer_package
 from nano_think.nn.flops import Reach
-from nano_think.nn.mixers.slots import SlotReader
+from nano_think.nn.slots import SlotReader
 from nano_think.ops import attention_cpp
 from nano_think.ops.selective_scan import BACKEND_VARIABLE
 from nano_think.phases.mla import fused_spec, model_settings

@@ -16,7 +16,7 @@ from nano_think.evals.audit.plan import Plan
 from nano_think.evals.audit.subject import Said, Subject, named_tensors
 from nano_think.evals.audit.trace import distance, first_difference, unequal
 from nano_think.files import hash_bytes
-from nano_think.nn.mixers.slots import OwnSlotReader, SlotReader
+from nano_think.nn.slots import OwnSlotReader, SlotReader
 from nano_think.retrieval import MemorySlots, Retriever
 
 SLOT_COUNTS = (0, 1, 4)

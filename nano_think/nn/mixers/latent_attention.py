@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from nano_think.cache import AppendState
 from nano_think.nn.flops import Product, Reach, attention_products, products_of
-from nano_think.nn.mixers.slots import OwnSlotReader, SlotReader, SlotReaderKind, Slots, visible_slots
 from nano_think.nn.norm import RMSNorm
+from nano_think.nn.slots import OwnSlotReader, SlotReader, SlotReaderKind, Slots, visible_slots
 from nano_think.ops.attention import attention, offset_causal_mask
 from nano_think.ops.layout import Layout
 from nano_think.ops.rope import RopeLayout, apply_rope
