@@ -66,12 +66,18 @@ struct Span {
 };
 
 // One line of each row of an array, to be fetched while something else is computed. A block takes one line of many
-// rows, which no processor foresees, and whose addresses fall on few sets of the first cache.
+// rows, which no processor foresees, and whose addresses fall on few sets of the first cache. A training step
+// finds most of them in memory alone, outputs included.
 struct Lines {
   const void* first;
   int64_t step;  // bytes
 
   void fetch(int64_t k) const { __builtin_prefetch(static_cast<const char*>(first) + k * step); }
+};
+
+// A block of channels of one chunk.
+struct Place {
+  int64_t chunk, block;
 };
 
 // One thread's work, a group of channels of one row, and its buffers. The layout (tile, position, state of the
@@ -130,20 +136,27 @@ struct Worker {
     }
   }
 
-  // What to ask for while a tile is computed: one line of each row of one array.
-  Lines lines(Span span, int64_t channel, const void* array, int64_t step) const {
-    if (!array) return {nullptr, 0};
-    return {static_cast<const T*>(array) + span.at * step + channel, step * int64_t(sizeof(T))};
+  // What is computed after a block by a pass that takes chunks in this direction, 1 or -1.
+  Place after(Place now, int64_t direction) const {
+    return now.block + 1 < blocks ? Place{now.chunk, now.block + 1} : Place{now.chunk + direction, 0};
   }
 
-  Lines input_lines(Span span, int64_t block, int64_t which) const {
-    if (block >= blocks) return {nullptr, 0};
+  // What to ask for while a tile is computed: one line of each row of one array.
+  Lines lines(Place place, const void* array, int64_t step) const {
+    if (!array || place.chunk < 0 || place.chunk >= chunks) return no_lines();
+    const int64_t at = row * p.length + place.chunk * kChunk;
+    return {static_cast<const T*>(array) + at * step + channel(place.block), step * int64_t(sizeof(T))};
+  }
+
+  Lines no_lines() const { return {this, 0}; }  // to fetch from nowhere would cost a search for the page
+
+  Lines input_lines(Place place, int64_t which) const {
     switch (which) {
-      case 0: return lines(span, channel(block), p.x, p.x_step);
-      case 1: return lines(span, channel(block), p.dt, p.dt_step);
-      case 2: return lines(span, channel(block), p.z, p.z_step);
+      case 0: return lines(place, p.x, p.x_step);
+      case 1: return lines(place, p.dt, p.dt_step);
+      case 2: return lines(place, p.z, p.z_step);
     }
-    return {nullptr, 0};
+    return no_lines();
   }
 
   // (channel, state) in memory from and to (block, state) of vectors.
@@ -174,7 +187,9 @@ struct Forward : Worker<T> {
           for (int64_t i = 0; i < p.n; ++i) store(this->border(borders, chunk, block) + i * p.channels, h[i]);
         this->open_block(span, channel);
         for (int64_t tile = 0; tile < this->tiles; ++tile)
-          scan_tile(span.size, block, tile, this->input_lines(span, block + 1, tile));
+          scan_tile(span.size, block, tile,
+                    tile == 3 ? this->lines({chunk, block}, out, p.channels)
+                              : this->input_lines(this->after({chunk, block}, 1), tile));
         for (int64_t k = 0; k < span.size; ++k) {
           const Vec z = this->z[k], y = this->y[k];
           store(out + (span.at + k) * p.channels + channel, p.z ? y * z * sigmoid(z) : y);
@@ -227,9 +242,11 @@ struct Backward : Worker<T> {
         this->open_block(span, this->channel(block));
         open_gradients(span, this->channel(block), dout);
         for (int64_t tile = 0; tile < this->tiles; ++tile) {
+          const Place next = this->after({chunk, block}, -1);
           rebuild_tile(span.size, block, tile, this->border(borders, chunk, block),
-                       this->input_lines(span, block + 1, tile));
-          reverse_tile(span.size, block, tile, output_lines(span, block, tile, dout, out));
+                       tile == 3 ? border_lines(borders, next) : this->input_lines(next, tile));
+          reverse_tile(span.size, block, tile,
+                       tile == 0 ? this->lines(next, dout, p.channels) : output_lines({chunk, block}, tile, out));
         }
         close_gradients(span, block, out);
       }
@@ -263,14 +280,18 @@ struct Backward : Worker<T> {
     }
   }
 
-  Lines output_lines(Span span, int64_t block, int64_t which, const T* dout, const Gradients& out) const {
+  Lines border_lines(float* borders, Place place) const {  // one of each state, of which there are about as many
+    if (place.chunk < 0) return this->no_lines();
+    return {this->border(borders, place.chunk, place.block), this->p.channels * int64_t(sizeof(float))};
+  }
+
+  Lines output_lines(Place place, int64_t which, const Gradients& out) const {
     switch (which) {
-      case 0: return this->lines(span, this->channel(block + 1), dout, this->p.channels);
-      case 1: return this->lines(span, this->channel(block), out.x, this->p.channels);
-      case 2: return this->lines(span, this->channel(block), out.dt, this->p.channels);
-      case 3: return this->lines(span, this->channel(block), out.z, this->p.channels);
+      case 1: return this->lines(place, out.x, this->p.channels);
+      case 2: return this->lines(place, out.dt, this->p.channels);
+      case 3: return this->lines(place, out.z, this->p.channels);
     }
-    return {nullptr, 0};
+    return this->no_lines();
   }
 
   void rebuild_tile(int64_t size, int64_t block, int64_t tile, const float* border, Lines next) {
