@@ -76,8 +76,7 @@ struct Part {
     open.clear();
     for (int64_t j = 0; j < s.taps; ++j)
       if (reaches(t, j))
-        open.push_back({&weight[j * kBlocks], &weight_sums[j * kBlocks],
-                        x + input(t - j), nullptr});
+        open.push_back({&weight[j * kBlocks], &weight_sums[j * kBlocks], x + input(t - j), nullptr});
   }
 
   void open_readers(int64_t t) {  // those by which position t is read

@@ -40,7 +40,8 @@ struct Gradients {
 namespace {
 
 constexpr int64_t kChunk = 16;   // positions between two kept states
-constexpr int64_t kGroup = 192;  // channels one thread works on at a time
+constexpr int64_t kGroup = 192;  // channels over which gradients of B and C are summed; threads share no group
+constexpr int64_t kGroupBlocks = kGroup / kLanes;
 constexpr int64_t kTile = 4;     // states in registers; n is rounded up to a multiple with states that stay zero
 
 // Decays far below 1e-30 times small gradients are subnormal numbers, which some processors compute a hundred
@@ -80,8 +81,8 @@ struct Place {
   int64_t chunk, block;
 };
 
-// One thread's work, a group of channels of one row, and its buffers. The layout (tile, position, state of the
-// tile) keeps what one pass over a tile reads together.
+// One thread's work, neighbouring groups of channels of one row, and its buffers. The layout (tile, position, state
+// of the tile) keeps what one pass over a tile reads together.
 template <class T>
 struct Worker {
   const Problem& p;
@@ -93,8 +94,8 @@ struct Worker {
   Vec x[kChunk], s[kChunk], slope[kChunk], drive[kChunk], z[kChunk], y[kChunk];
   bool start[kChunk];
 
-  Worker(const Problem& p, int64_t row, int64_t group, const float* state)
-      : p(p), row(row), first(group * kGroup), blocks(std::min(kGroup, p.channels - first) / kLanes),
+  Worker(const Problem& p, int64_t row, int64_t group, int64_t groups, const float* state)
+      : p(p), row(row), first(group * kGroup), blocks(std::min(groups * kGroup, p.channels - first) / kLanes),
         tiles(count(p.n, kTile)), states(tiles * kTile), chunks(count(p.length, kChunk)), rates(blocks * states),
         carried(blocks * states), B(kChunk * states), C(kChunk * states) {
     read(p.A + first * p.n, rates.data());
@@ -228,17 +229,19 @@ struct Backward : Worker<T> {
   Vec decay[kChunk * kTile], remembered[kChunk * kTile];      // of one tile: decay and decay h[t-1]
   Vec dy[kChunk], dgate[kChunk], through_drive[kChunk], through_decay[kChunk];
 
-  Backward(const Problem& p, int64_t row, int64_t group, const float* dlast)
-      : Worker<T>(p, row, group, dlast), dA(this->rates.size()), dB(this->B.size()), dC(this->C.size()),
+  Backward(const Problem& p, int64_t row, int64_t group, int64_t groups, const float* dlast)
+      : Worker<T>(p, row, group, groups, dlast), dA(this->rates.size()), dB(this->B.size()), dC(this->C.size()),
         dD(this->blocks), dbias(this->blocks) {}
 
-  void run(int64_t group, float* borders, const T* dout, const Gradients& out) {
+  void run(float* borders, const T* dout, const Gradients& out) {
     const auto& p = this->p;
     for (int64_t chunk = this->chunks - 1; chunk >= 0; --chunk) {
       const Span span = this->open_chunk(chunk);
-      std::fill(dB.begin(), dB.end(), Vec{});
-      std::fill(dC.begin(), dC.end(), Vec{});
       for (int64_t block = 0; block < this->blocks; ++block) {
+        if (block % kGroupBlocks == 0) {
+          std::fill(dB.begin(), dB.end(), Vec{});
+          std::fill(dC.begin(), dC.end(), Vec{});
+        }
         this->open_block(span, this->channel(block));
         open_gradients(span, this->channel(block), dout);
         for (int64_t tile = 0; tile < this->tiles; ++tile) {
@@ -249,9 +252,12 @@ struct Backward : Worker<T> {
                        tile == 0 ? this->lines(next, dout, p.channels) : output_lines({chunk, block}, tile, out));
         }
         close_gradients(span, block, out);
+        if ((block + 1) % kGroupBlocks == 0 || block + 1 == this->blocks) {
+          const int64_t group = this->channel(block) / kGroup;
+          write_sums(span, dB, out.B + group * p.batch * p.length * p.n);
+          write_sums(span, dC, out.C + group * p.batch * p.length * p.n);
+        }
       }
-      write_sums(span, dB, out.B + group * p.batch * p.length * p.n);
-      write_sums(span, dC, out.C + group * p.batch * p.length * p.n);
     }
     this->write(dA.data(), out.A);
     this->write(this->carried.data(), out.state);
@@ -370,26 +376,35 @@ struct Backward : Worker<T> {
   }
 };
 
-// Parts share nothing, so that the number of threads changes no bit.
+// Groups a part has: the wider it is, the longer the runs of memory that it reads, but threads get equal shares.
+int64_t part_width(int64_t batch, int64_t groups, int threads) {
+  for (int64_t width = groups; width > 1; --width)
+    if (groups % width == 0 && batch * (groups / width) % threads == 0) return width;
+  return 1;
+}
+
+// `work` on a row, a first group and a number of groups. Groups share nothing, so that the number of threads
+// changes no bit.
 template <class Work>
 void for_all_parts(const Problem& p, int threads, Work work) {
-  const int64_t groups = count(p.channels, kGroup);
+  const int64_t groups = count(p.channels, kGroup), width = part_width(p.batch, groups, threads);
+  const int64_t parts = groups / width;  // of a row
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t part = 0; part < p.batch * groups; ++part) work(part / groups, part % groups);
+  for (int64_t part = 0; part < p.batch * parts; ++part) work(part / parts, part % parts * width, width);
 }
 
 template <class T>
 void forward(const Problem& p, const float* state, void* y, float* borders, float* last, int threads) {
-  for_all_parts(p, threads, [&](int64_t row, int64_t group) {
-    Forward<T>(p, row, group, state).run(static_cast<T*>(y), borders, last);
+  for_all_parts(p, threads, [&](int64_t row, int64_t group, int64_t groups) {
+    Forward<T>(p, row, group, groups, state).run(static_cast<T*>(y), borders, last);
   });
 }
 
 template <class T>
 void backward(const Problem& p, float* borders, const void* dy, const float* dlast, const Gradients& out,
               int threads) {
-  for_all_parts(p, threads, [&](int64_t row, int64_t group) {
-    Backward<T>(p, row, group, dlast).run(group, borders, static_cast<const T*>(dy), out);
+  for_all_parts(p, threads, [&](int64_t row, int64_t group, int64_t groups) {
+    Backward<T>(p, row, group, groups, dlast).run(borders, static_cast<const T*>(dy), out);
   });
 }
 
