@@ -12,8 +12,8 @@ from nano_think.experts.transformer import TransformerExpert
 from nano_think.ops.layout import Layout
 
 D, LENGTH = 32, 160  # longer than a block of attention
-# Of these products alone something else needs the input too: the scan that runs over it, the compiled attention whose
-# output it is and which computes its gradients from that.
+# Of these products alone something else needs the input too: the scan that runs over it, or compiled attention,
+# whose output it is and which computes its gradients from that.
 SHARED = {StateSpaceExpert: {"x_proj"}, TransformerExpert: {"out_proj"}, DiffuserExpert: {"out_proj"}}
 
 
