@@ -110,8 +110,7 @@ def router_bounds(report: Report, stats: StudyStatistics, folder: Path) -> None:
         gain = router.estimate if router else math.nan
         regret = stats.difference("fused_7b", key)
         # a share of what cannot be told from nothing is no share
-        bound = over_static is not None and over_static.verdict == "better"
-        share = gain / over_static.estimate if bound else None
+        share = gain / over_static.estimate if over_static and over_static.verdict == "better" else None
         rows.append([label(stats, key), what, over_best, over_static, regret, share])
     report.table(
         ["bound", "it takes", "minus best expert", "minus static weights", "router's regret (7b minus it)",
