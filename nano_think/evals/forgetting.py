@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from nano_think.evals.losses import Batch
+from nano_think.evals.pools import lone_expert
 from nano_think.model import ExpertLM, NanoThink
-from nano_think.ops.layout import Layout
 
 
 def forgetting(before: NanoThink, after: NanoThink, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
@@ -27,14 +25,9 @@ def forgetting(before: NanoThink, after: NanoThink, batches: Sequence[Batch]) ->
     return found
 
 
-@torch.no_grad()
 def _loss(network: ExpertLM, batches: Sequence[Batch]) -> float:
-    total, tokens = 0.0, 0
-    network.eval()
+    total, tokens, losses = 0.0, 0, lone_expert(network.eval())
     for batch in batches:
-        nll = network.token_nll(
-            batch["tokens"], batch["labels"], Layout(batch["positions"], batch["segments"])
-        )
-        scored = batch["labels"] >= 0
+        nll, scored = losses(batch), batch["labels"] >= 0
         total, tokens = total + float(nll[scored].double().sum()), tokens + int(scored.sum())
     return total / tokens

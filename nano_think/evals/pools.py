@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nano_think.evals.losses import NllFunction
-from nano_think.model import LMOutput, NanoThink
+from nano_think.model import ExpertLM, LMOutput, NanoThink
 from nano_think.ops.cross_entropy import IGNORED
 from nano_think.ops.layout import Layout
 
@@ -100,6 +100,17 @@ class SharedForward:
             return self.model.pooled_nll(weights, self.expert_nll(batch), batch["labels"])
         hidden = self.model.mix(output.expert_hidden, weights)
         return self.model.nll(replace(output, weights=weights, hidden=hidden), batch["labels"])
+
+
+def lone_expert(model: ExpertLM) -> NllFunction:
+    """Per-token losses of a stand-alone expert."""
+
+    @torch.no_grad()
+    def nll(batch: Batch) -> Tensor:
+        layout = Layout(batch["positions"], batch["segments"])
+        return model.token_nll(batch["tokens"], batch["labels"], layout)
+
+    return nll
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.evals.losses import DocumentLosses, NllFunction, evaluate_models
 from nano_think.evals.ngram import KneserNey
-from nano_think.evals.pools import SharedForward
+from nano_think.evals.pools import SharedForward, lone_expert
 from nano_think.evals.report import Report, render_table
 from nano_think.model import ExpertLM
 from nano_think.nn.quantized import Kind, quantize
-from nano_think.ops.layout import Layout
 from nano_think.phases import sections
 from nano_think.phases.audit import marked_quantized, require_or_mark
 from nano_think.phases.data import data_module, load_corpus, shards_maker
@@ -188,18 +186,6 @@ def _noting(shared: SharedForward, weights: list[torch.Tensor]) -> NllFunction:
     def nll(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         weights.append(shared.weights(batch))
         return fused(batch)
-
-    return nll
-
-
-def lone_expert(model: ExpertLM) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-    """Per-token losses of a stand-alone expert."""
-
-    @torch.no_grad()
-    def nll(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return model.token_nll(
-            batch["tokens"], batch["labels"], Layout(batch["positions"], batch["segments"])
-        )
 
     return nll
 

@@ -174,13 +174,14 @@ class Run:
         return self.artifacts / ".work" / f"{maker.kind}-{maker.recipe.hash}"
 
     @staticmethod
-    def result_of(artifact: Path) -> dict[str, Any]:
-        """What the build of an artefact recorded about itself."""
-        return json.loads((artifact / COMPLETE_MARK).read_text())["result"]
+    def provenance_of(artifact: Path) -> dict[str, Any]:
+        """What an artefact was made from and by, how long that took, and its result."""
+        return json.loads((artifact / COMPLETE_MARK).read_text())
 
-    def seconds_of(self, maker: Maker) -> float:
-        """How long the build of an existing artefact took."""
-        return json.loads((maker.recipe.path(self.artifacts) / COMPLETE_MARK).read_text())["seconds"]
+    @classmethod
+    def result_of(cls, artifact: Path) -> dict[str, Any]:
+        """What the build of an artefact recorded about itself."""
+        return cls.provenance_of(artifact)["result"]
 
     def publish(self, source: Path, name: str) -> Path:
         """Copy an artefact to `checkpoints/<name>`, the place that users and scripts name; returns that place.

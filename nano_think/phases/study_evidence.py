@@ -17,7 +17,7 @@ from nano_think.evals.denoiser import restoration, steps_curve
 from nano_think.evals.drafting import block_drafts, excerpts, infilling
 from nano_think.evals.lengths import length_curve
 from nano_think.evals.planted import planted_facts
-from nano_think.evals.pools import SharedForward
+from nano_think.evals.pools import SharedForward, lone_expert
 from nano_think.evals.report import plain
 from nano_think.evals.retrieval_evidence import equal_compute, retrieval_cost, retrieval_evidence
 from nano_think.evals.routing import analyse_routing, document_weights
@@ -25,7 +25,6 @@ from nano_think.evals.spaces import shared_spaces
 from nano_think.evals.specialisation import specialisation
 from nano_think.evals.tokens import collect_tokens, sample_documents, token_classes
 from nano_think.files import write_json
-from nano_think.phases.evaluate import lone_expert
 from nano_think.phases.run import Maker
 from nano_think.phases.study_measure import Measured
 from nano_think.phases.study_plan import EXPERTS, SINGLE, Plan

@@ -83,7 +83,7 @@ def _make(run: Run, maker: Maker, workers: int) -> float:
         lines = (folder / "output.txt").read_text(encoding="utf-8").splitlines()
         end = "\n".join(lines[-SHOWN_LINES:])
         raise UserError(f"{maker.kind} {maker.recipe.hash} was not made by `{maker.command}`:\n{end}")
-    return run.seconds_of(maker)
+    return run.provenance_of(maker.recipe.path(run.artifacts))["seconds"]
 
 
 def _report(run: Run, maker: Maker, future: Future[float], done: int, total: int) -> None:

@@ -24,10 +24,10 @@ from nano_think.evals.oracles import (
     expert_per_domain,
     static_per_domain,
 )
-from nano_think.evals.pools import SharedForward, expert_outputs
+from nano_think.evals.pools import SharedForward, expert_outputs, lone_expert
 from nano_think.ops.pooling import Space
 from nano_think.phases.data import data_module
-from nano_think.phases.evaluate import as_trained, lone_expert
+from nano_think.phases.evaluate import as_trained
 from nano_think.phases.run import Maker
 from nano_think.phases.study_plan import EXPERTS, SINGLE, Plan
 
@@ -50,7 +50,8 @@ def losses_maker(plan: Plan, split: str) -> Maker:
         alone = {name: losses[name] for name in EXPERTS}
         judged = alone
         if split != "validation":
-            judged = {name: load_losses(plan, needs["validation"])[name] for name in EXPERTS}
+            known = load_losses(plan, needs["validation"])
+            judged = {name: known[name] for name in EXPERTS}
         losses["oracle_document"] = best_per_document(alone)
         losses["oracle_domain"] = expert_per_domain(alone, choose_per_domain(judged))
         for key, value in losses.items():
