@@ -10,6 +10,7 @@ file, and texts are asked for one pair at a time.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -26,6 +27,8 @@ ESTIMATE_MARGIN = 0.14
 
 _BLOCK = 1024  # shingles hashed at a time; 128 values of 4 bytes each stay in the cache
 _PIECE = 1 << 18  # characters whose words are hashed at a time
+_LONGEST_WORD = 1 << 19  # characters; a longer one counts as several
+_BETWEEN_WORDS = re.compile(r"\W")
 _SIGNATURES_READ = 1 << 14
 
 # An odd number has an inverse modulo 2^64.
@@ -58,11 +61,12 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 
 def _pieces(folded: str) -> Iterator[str]:
-    """The text in pieces of about `_PIECE` characters, cut at blanks."""
+    """The text in pieces of about `_PIECE` characters, cut between words."""
     start = 0
     while start < len(folded):
-        end = folded.find(" ", start + _PIECE)
-        end = len(folded) if end < 0 else end
+        longest = start + _PIECE + _LONGEST_WORD
+        border = _BETWEEN_WORDS.search(folded, start + _PIECE, longest)
+        end = border.start() if border else longest
         yield folded[start:end]
         start = end
 

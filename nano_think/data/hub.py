@@ -11,10 +11,12 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import math
 import os
 import socket
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -170,8 +172,8 @@ class HubSource:
     def __init__(
         self, fixtures: str | Path | None = None, scale: float = 1.0, load: Loader | None = None
     ) -> None:
-        if scale <= 0:
-            raise UserError(f"data.source.scale={scale} must be positive.")
+        if not 0 < scale < math.inf:
+            raise UserError(f"data.source.scale={scale} must be positive and finite.")
         self.fixtures = Path(fixtures) if fixtures is not None else None
         self.scale = scale
         self._load = load or (self._load_fixture if self.fixtures else load_from_hub)
@@ -226,6 +228,9 @@ class HubSource:
 
     def _checked(self, hub_set: HubSet, counts: Counter[str]) -> Iterator[Row]:
         for row in self._load(hub_set):
+            if not isinstance(row, Mapping):
+                counts["no_row"] += 1
+                continue
             missing = [column for column in hub_set.columns if column not in row]
             if missing:
                 raise UserError(
@@ -239,13 +244,24 @@ class HubSource:
         assert self.fixtures is not None
         for path in (self.fixtures / f"{hub_set.name}.jsonl", self.fixtures / f"{hub_set.name}.jsonl.gz"):
             if path.is_file():
-                opener = gzip.open if path.suffix == ".gz" else open
-                with opener(path, "rt", encoding="utf-8") as file:
-                    yield from map(json.loads, file)
+                yield from _rows_of(path)
                 return
         raise UserError(
             f"No {hub_set.name}.jsonl in {self.fixtures}: the folder must hold one file for each set."
         )
+
+
+def _rows_of(path: Path) -> Iterator[Row]:
+    """The lines of a fixture; UserError naming the first that cannot be read."""
+    opener, number = gzip.open if path.suffix == ".gz" else open, 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                number += 1
+                yield json.loads(line)
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        place = f"{path}:{number + isinstance(error, UnicodeDecodeError)}"
+        raise UserError(f"{place}: cannot be read ({type(error).__name__}: {error}); mend it.") from error
 
 
 def load_from_hub(hub_set: HubSet) -> Iterator[Row]:

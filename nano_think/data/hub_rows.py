@@ -29,20 +29,25 @@ _ARTICLE = re.compile(r"^\s*=\s+[^=\s](?:.*[^=\s])?\s+=\s*$")
 _SPACED_PUNCTUATION = re.compile(r" ([.,;:!?)\]])")
 
 
+def _text(value: Any) -> str:
+    """A column's text, "" where it holds none; half of a surrogate pair becomes "?"."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else ""
+
+
 def abstract(rows: Iterable[Row], refused: Counter[str]) -> Joined:
     """Title, blank line, abstract with its line breaks joined."""
     for row in rows:
-        title, body = (" ".join(str(row[name] or "").split()) for name in ("title", "abstract"))
+        title, body = (" ".join(_text(row[name]).split()) for name in ("title", "abstract"))
         if not title or not body:
             refused["without_title_or_abstract"] += 1
             continue
-        yield 1, str(row.get("id") or ""), f"{title}\n\n{body}"
+        yield 1, _text(str(row.get("id") or "")), f"{title}\n\n{body}"
 
 
 def plain(rows: Iterable[Row], refused: Counter[str]) -> Joined:
     """The column "text" as it is."""
     for row in rows:
-        text = (row["text"] or "").strip()
+        text = _text(row["text"]).strip()
         if text:
             yield 1, "", text
         else:
@@ -53,7 +58,7 @@ def wikitext(rows: Iterable[Row], refused: Counter[str]) -> Joined:
     """Rows up to the next " = Title = " are one article; the spaced punctuation of the set is undone."""
     lines: list[str] = []
     for row in rows:
-        line = (row["text"] or "").strip()
+        line = _text(row["text"]).strip()
         if not line:
             continue
         if _ARTICLE.match(line) and lines:
@@ -75,13 +80,13 @@ def _detokenise(line: str) -> str:
 def code(rows: Iterable[Row], refused: Counter[str]) -> Joined:
     """Source files under a permissive licence."""
     for row in rows:
-        licence = str(row["license"] or "none").lower()
+        licence, content = _text(row["license"]).lower() or "none", _text(row["content"])
         if licence not in PERMISSIVE:
             refused[f"licence_{licence}"] += 1
-        elif not (row["content"] or "").strip():
+        elif not content.strip():
             refused["blank"] += 1
         else:
-            yield 1, f"{row['repo_name']}#{row['path']}", row["content"]
+            yield 1, _text(f"{row['repo_name']}#{row['path']}"), content
 
 
 def philosophy(rows: Iterable[Row], refused: Counter[str]) -> Joined:
@@ -89,15 +94,15 @@ def philosophy(rows: Iterable[Row], refused: Counter[str]) -> Joined:
     for row in rows:
         try:
             book = json.loads(row["METADATA"] or "{}")
-        except ValueError:
+            classes = {name.strip() for name in re.split(r"[;,]", str(book.get("locc") or ""))}
+        except (ValueError, TypeError, AttributeError, RecursionError):
             refused["unreadable_metadata"] += 1
             continue
-        classes = {name.strip() for name in re.split(r"[;,]", str(book.get("locc") or ""))}
         if not classes & PHILOSOPHY_CLASSES:
             refused["not_philosophy"] += 1
             continue
-        title = str(book.get("title") or book.get("text_id") or "untitled").replace("#", "")
-        for number, passage in enumerate(_passages(row["TEXT"] or "")):
+        title = _text(str(book.get("title") or book.get("text_id") or "untitled")).replace("#", "")
+        for number, passage in enumerate(_passages(_text(row["TEXT"]))):
             yield 1, f"{title}#{number}", passage
 
 
@@ -122,8 +127,11 @@ def _passages(book: str) -> Iterator[str]:
 
 def bible(rows: Iterable[Row], refused: Counter[str]) -> Joined:
     """One chapter a document: "Book N", blank line, one numbered verse a line."""
-    for (book, chapter), verses in groupby(rows, key=lambda row: (str(row["book"]).strip(), row["chapter"])):
-        lines = [f"{row['verse']} {' '.join(str(row['text']).split())}" for row in verses if row["text"]]
+    for (book, chapter), verses in groupby(
+        rows, key=lambda row: (_text(str(row["book"])).strip(), _text(str(row["chapter"])))
+    ):
+        read = ((row["verse"], " ".join(_text(row["text"]).split())) for row in verses)
+        lines = [_text(f"{verse} {text}") for verse, text in read if text]
         if lines:
             yield len(lines), f"{book}#{chapter}", f"{book} {chapter}\n\n" + "\n".join(lines)
         else:

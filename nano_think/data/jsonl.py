@@ -19,6 +19,11 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 LAYOUT = "ROOT/<domain>/*.jsonl[.gz|.zst], one JSON object with a text field a line"
 _CHUNK = 1 << 20
 _LINES_LOGGED = 20
+_ZSTD_PIECE = 1 << 10
+# Files of the corpus are named after domains, and file systems end at 255 bytes.
+_DOMAIN_BYTES = 200
+# How gzip and zstd files begin.
+_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +32,20 @@ class JsonlSource:
     """Documents from a folder of JSONL files; the name of the sub-folder is the domain.
 
     Besides the text a record may carry "source" and "id". Memory does not grow with the files: they are read
-    in blocks of 1 MiB, and of a line above `max_line_bytes` only the length is kept.
+    in blocks of 1 MiB, and of a line above `max_line_bytes` only the length is kept. What JSON leaves open is read
+    as Python does: of a key that comes twice the last counts, and NaN beside the text is no error.
 
     Args:
         root: folder with one sub-folder for each domain.
-        on_error: what to do with a line that is broken: "skip" (logged and counted) or "fatal".
+        on_error: what to do with a line that is broken, or with a name that is no file: "skip" (logged and
+            counted) or "fatal".
         max_line_bytes: longest line in bytes that is read; a longer one counts as broken.
         text_key: name of the field with the text.
 
     Raises:
-        UserError: if the folder is missing or has not the layout above; while reading, if a line is broken
-            and `on_error` is "fatal", or if there is no document at all.
+        UserError: if the folder is missing, unreadable or has not the layout above, or the name of a domain
+            cannot be printed; while reading, if a line is broken and `on_error` is "fatal", or if there is no
+            document at all.
     """
 
     def __init__(
@@ -49,16 +57,20 @@ class JsonlSource:
     ) -> None:
         if on_error not in ("skip", "fatal"):
             raise UserError(f"on_error={on_error!r} is unknown: use skip or fatal.")
+        if max_line_bytes < 1:
+            raise UserError(f"max_line_bytes={max_line_bytes} leaves no line to read: give at least 1.")
         self.root = Path(root)
         self.on_error = on_error
         self.max_line_bytes = max_line_bytes
         self.text_key = text_key
-        self._files = _find_files(self.root)
+        self._files, self._odd = _find_files(self.root)
         self._skipped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Document]:
         self._skipped = Counter()
         found = False
+        for path in self._odd:
+            self._complain(self._name(path), 0, "a folder, a broken link or a device, and no file")
         for path in self._files:
             for document in self._read(path):
                 found = True
@@ -70,7 +82,10 @@ class JsonlSource:
 
     def fingerprint(self) -> str:
         """Hex key over the names and contents of the files and the options that change what is read."""
-        files = [[self._name(path), hash_file(path)] for path in self._files]
+        try:
+            files = [[self._name(path), hash_file(path)] for path in self._files]
+        except OSError as error:
+            raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from error
         return hash_json(["jsonl", files, self.text_key, self.max_line_bytes])
 
     def describe(self) -> dict[str, Any]:
@@ -89,7 +104,7 @@ class JsonlSource:
         return {"malformed_lines": self._skipped.total(), "by_file": dict(sorted(self._skipped.items()))}
 
     def _name(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
+        return _printable(path.relative_to(self.root).as_posix())
 
     def _read(self, path: Path) -> Iterator[Document]:
         domain, name = path.parent.name, self._name(path)
@@ -97,12 +112,17 @@ class JsonlSource:
         try:
             with _open(path) as stream:
                 for number, line in _lines(stream, self.max_line_bytes):
+                    if number == 1 and isinstance(line, bytes) and line.startswith(_COMPRESSED):
+                        self._complain(
+                            name, 1, "compressed, file not read: its name should end in .gz or .zst"
+                        )
+                        return
                     document = self._parse(line, number, domain, name)
                     if document is not None:
                         yield document
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+                raise UserError(f"Cannot read {self.root / name}: {error.strerror}.") from error
             self._complain(name, number + 1, f"damaged compressed data ({error}), rest of the file not read")
 
     def _parse(self, line: bytes | int, number: int, domain: str, name: str) -> Document | None:
@@ -125,12 +145,11 @@ class JsonlSource:
         except AttributeError:
             reason = f"field {self.text_key!r} is not a string"
         else:
-            source, identifier = record.get("source"), record.get("id")
             return Document(
                 text=text,
                 domain=domain,
-                source=source if isinstance(source, str) and source else f"jsonl:{name}",
-                id=f"{name}:{number}" if identifier in (None, "") else str(identifier),
+                source=_label(record.get("source")) or f"jsonl:{name}",
+                id=_label(record.get("id")) or f"{name}:{number}",
             )
         self._complain(name, number, reason)
         return None
@@ -144,19 +163,37 @@ class JsonlSource:
             logger.warning("%s; skipped", message)
 
 
-def _find_files(root: Path) -> list[Path]:
+def _label(value: Any) -> str:
+    """A source or an id as text that can be written, "" where there is none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    return str(value).encode(errors="replace").decode()
+
+
+def _printable(name: str) -> str:
+    """A name of the file system in characters that can be written and stay on one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _find_files(root: Path) -> tuple[list[Path], list[Path]]:
+    """Files below the domains, and what is named like one and is none."""
     if not root.is_dir():
         raise UserError(f"Data folder {root} does not exist: expected {LAYOUT}.")
-    files = [
-        path
-        for folder in sorted(root.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".")
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name.endswith(SUFFIXES)
-    ]
+    try:
+        folders = [f for f in sorted(root.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+        named = [path for f in folders for path in sorted(f.iterdir()) if path.name.endswith(SUFFIXES)]
+        files = [path for path in named if path.is_file()]
+    except OSError as error:
+        raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from error
     if not files:
         raise UserError(f"No data file in {root}: expected {LAYOUT}.")
-    return files
+    for domain in {path.parent.name for path in files}:
+        if not domain.isprintable() or len(domain.encode()) > _DOMAIN_BYTES:
+            raise UserError(
+                f"The folder {_printable(domain)} in {root} cannot name a domain: use printable characters, "
+                f"at most {_DOMAIN_BYTES} bytes."
+            )
+    return files, sorted(set(named).difference(files))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -168,7 +205,11 @@ def _open(path: Path) -> BinaryIO:
 
 
 class _ZstdReader:
-    """Reads the frames of a zstd file; unlike the library's own reader it notices when the last one is cut off."""
+    """Reads the frames of a zstd file; unlike the library's own reader it notices when the last one is cut off.
+
+    A piece of 1 KiB holds 256 blocks at most, and a block 128 KiB of text: however well a file is packed, reading
+    it takes no more than 32 MiB.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -188,10 +229,9 @@ class _ZstdReader:
         self._file.close()
 
     def read(self, size: int) -> bytes:
-        """Return the next decompressed block, of about `size` bytes at most for usual data, or b"" at the end."""
+        """Return the next decompressed bytes, whatever their number, or b"" at the end."""
         while True:
-            # Text shrinks by a factor of 4 to 60, so the output of such a piece is about `size` at most.
-            raw = self._pending or self._file.read(size >> 6)
+            raw = self._pending or self._file.read(min(size, _ZSTD_PIECE))
             if not raw:
                 if self._frame is not None:
                     raise EOFError("the last frame is cut off")

@@ -13,6 +13,7 @@ from nano_think.data.dedup import (
     NUM_PERMUTATIONS,
     SignatureFile,
     UnionFind,
+    _pieces,
     exact_jaccard,
     near_duplicates,
     ngram_hashes,
@@ -97,6 +98,17 @@ def test_a_long_text_is_hashed_in_pieces_without_a_seam(monkeypatch):
         assert (ngram_hashes(text, 4) == whole).all()
     monkeypatch.setattr("nano_think.data.dedup._PIECE", 8)
     assert len(ngram_hashes("x" * 100, 1)) == 1, "a word is not cut"
+
+
+def test_a_text_without_blanks_is_hashed_in_pieces_too(monkeypatch):
+    monkeypatch.setattr("nano_think.data.dedup._PIECE", 8)
+    monkeypatch.setattr("nano_think.data.dedup._LONGEST_WORD", 20)
+    assert [len(piece) for piece in _pieces("x" * 100)] == [28, 28, 28, 16]
+    clauses = "\u5929\u5730\u7384\u9ec4\uff0c" * 30
+    assert max(len(piece) for piece in _pieces(clauses)) <= 8 + 5
+    whole = re.findall(r"\w+", clauses)
+    assert len(set(ngram_hashes(clauses, 1).tolist())) == len(set(whole)) == 1
+    assert len(ngram_hashes(clauses, 1)) == len(whole)
 
 
 def test_a_signature_file_reads_like_an_array():
