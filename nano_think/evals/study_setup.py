@@ -210,6 +210,9 @@ def provenance(report: Report, stats: StudyStatistics) -> None:
         ["hash of all inputs", f"`{record.digest()}`"],
         *settings_rows(facts.get("versions", {})),
     ]
+    for seed, made in record.seeds.items():
+        if where := made.get("measured_with"):
+            rows.append([f"seed {seed}", f"commit {where['commit']}, {where['machine']}"])
     report.table(["what", "value"], rows, align=["l", "l"])
     commands_of = {
         label(stats, key): fit["command"]

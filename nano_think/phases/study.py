@@ -14,9 +14,10 @@ from nano_think.phases.data import load_shards, loader_settings, shards_maker
 from nano_think.phases.run import Run
 from nano_think.phases.study_evidence import evidence_maker
 from nano_think.phases.study_fits import make_all
+from nano_think.phases.study_kept import Kept
 from nano_think.phases.study_measure import losses_maker
 from nano_think.phases.study_plan import Plan
-from nano_think.phases.study_record import draw, write_record
+from nano_think.phases.study_record import draw, record_settings, write_record
 from nano_think.phases.study_settings import check_settings, check_text
 from nano_think.phases.study_tuning import Trial, tune
 
@@ -26,7 +27,8 @@ SPLITS = ("validation", "test")
 def run(run: Run) -> dict[str, Any]:
     """Tune on the first seed, train and measure every seed, write the record, draw the report.
 
-    With `study.redraw=true` only the last: the report of the record in `study.out`.
+    With `study.redraw=true` only the last: the report of the record in `study.out`. A record of this study that lies
+    there already is extended: its tuning holds, and its seeds need not be made again.
     Raises UserError for settings that mean nothing and for text that does not suffice, before anything is trained.
     """
     settings = run.plain(run.cfg.study)
@@ -38,19 +40,24 @@ def run(run: Run) -> dict[str, Any]:
     text = load_shards(run, shards)
     check_text(text, settings, loader_settings(run), run.cfg.size.seq_len)
     domains, seeds, workers = len(text.domains), settings["seeds"], settings["workers"]
-    trials = tune(Plan(run, seeds[0], domains), workers)
+    out, digest, first = Path(settings["out"]), "", Plan(run, seeds[0], domains)
+    kept = Kept(out)
+    trials = kept.trials(record_settings(first, seeds)) or tune(first, workers)
     show_trials(run, trials)
     rates = {trial.family: trial.rate for trial in trials if trial.chosen}
     plans = [Plan(run, seed, domains, rates) for seed in seeds]
-    out, digest = Path(settings["out"]), ""
+    elsewhere = kept.seeds(plans)
     for plan in plans:
+        if plan.seed in elsewhere:
+            run.say(f"[bold]seed {plan.seed}[/bold]: measured already, see {out}")
+            continue
         run.say(f"[bold]seed {plan.seed}[/bold]")
         make_all(run, plan.trained.values(), workers)
         for split in SPLITS:
             run.obtain(losses_maker(plan, split), named=True)
         run.obtain(evidence_maker(plan), named=True)
         done = [other for other in plans if losses_maker(other, "test").recipe.exists(run.artifacts)]
-        digest = write_record(out, done, trials, seeds)
+        digest = write_record(out, done, trials, seeds, kept.record)
     report = draw(out, run)
     return {"report": str(report), "digest": digest}
 

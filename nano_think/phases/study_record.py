@@ -28,25 +28,40 @@ from nano_think.phases.study_tuning import Trial
 NOTES = "notes.yaml"
 
 
-def write_record(out: Path, plans: Sequence[Plan], trials: Sequence[Trial], seeds: Sequence[int]) -> str:
-    """Write the record of the seeds that are measured into `out`; returns its digest."""
+def write_record(
+    out: Path,
+    plans: Sequence[Plan],
+    trials: Sequence[Trial],
+    seeds: Sequence[int],
+    kept: StudyRecord | None = None,
+) -> str:
+    """Write the record of the seeds that are measured here into `out`; returns its digest.
+
+    seeds: all that the study is to have. kept: a record of the same study, whose other seeds stay in it.
+    """
     first = plans[0]
     losses = {
         (short, plan.seed): StudyLosses.collect(load_losses(plan, losses_maker(plan, split)))
         for plan in plans
         for short, split in (("val", "validation"), ("test", "test"))
     }
+    made = {str(plan.seed): _seed(plan) for plan in plans}
+    reads = [test_reads(plan) for plan in plans]
+    if kept is not None:
+        losses = {**kept.losses, **losses}
+        made = {**kept.facts["seeds"], **made}
+        reads.append(kept.facts.get("test_reads", 0))
     facts = {
         "question": first.settings["question"],
         "commands": [portable(first.run.command(phase="study"))],
-        "settings": _settings(first, seeds),
+        "settings": record_settings(first, seeds),
         "versions": versions(),
         "data": _data(first, losses["test", first.seed]),
         "models": model_facts(first),
         "tuning": [asdict(trial) for trial in trials],
-        "seeds": {str(plan.seed): _seed(plan) for plan in plans},
+        "seeds": dict(sorted(made.items(), key=lambda item: int(item[0]))),
         **by_hand(out),
-        "test_reads": max(test_reads(plan) for plan in plans),
+        "test_reads": max(reads),
     }
     return StudyRecord(facts, losses).save(out)
 
@@ -66,7 +81,7 @@ def draw(out: Path, run: Run) -> Path:
     return out / "report.md"
 
 
-def _settings(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
+def record_settings(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
     """What decides the figures, without where they go and how many processes made them."""
     kept = {
         key: value
@@ -107,7 +122,20 @@ def _seed(plan: Plan) -> dict[str, Any]:
     static = plan.result(plan.trained["fused_7a"])
     evidence = load_evidence(plan)
     gates = study_gates(plan, evidence, test_reads(plan))
-    return {"fits": fits, "static": static, "gates": gates, "evidence": evidence}
+    return {
+        "fits": fits,
+        "static": static,
+        "gates": gates,
+        "evidence": evidence,
+        "measured_with": _measured_with(plan),
+    }
+
+
+def _measured_with(plan: Plan) -> dict[str, Any]:
+    """Commit and machine of a seed: seeds of one study may come from several machines."""
+    maker = losses_maker(plan, "test")
+    made = plan.run.provenance_of(maker.recipe.path(plan.run.artifacts))["made_by"]
+    return {name: made[name] for name in ("commit", "machine")}
 
 
 def by_hand(out: Path) -> dict[str, Any]:

@@ -273,3 +273,43 @@ def test_commands_name_no_folder_of_this_machine():
         "python train.py phase=study 'data.root=/home/me/my texts' seed=2 run.root=/tmp/x study.out=/tmp/y"
     )
     assert portable(typed) == "python train.py phase=study data.root=$DATA seed=2"
+
+
+@pytest.fixture
+def elsewhere(studied, shared_project, tmp_path):
+    """A project that has nothing but the record of another one, from which seed 2 was taken away."""
+    with shared_project(tmp_path / "other") as project:
+        whole = StudyRecord.load(studied.root / "study")
+        facts = {**whole.facts, "seeds": {"1": whole.facts["seeds"]["1"]}}
+        losses = {key: part for key, part in whole.losses.items() if key[1] == 1}
+        StudyRecord(facts, losses).save(project.root / "study")
+        yield project
+
+
+@whole
+def test_a_record_is_extended_by_the_seed_it_lacks(studied, elsewhere):
+    result, run = elsewhere.go("phase=study", *LIMITS, *SHORT, *QUICK)
+    before, after = (StudyRecord.load(project.root / "study") for project in (studied, elsewhere))
+    assert after.missing() == []
+    assert result["digest"] == after.digest()
+    said = run.console.file.getvalue()
+    assert "seed 1: measured already" in said
+    made = [fit["hash"] for seed in ("1", "2") for fit in before.facts["seeds"][seed]["fits"].values()]
+    assert made == [fit["hash"] for seed in ("1", "2") for fit in after.facts["seeds"][seed]["fits"].values()]
+    for key in MODELS:
+        for seed in (1, 2):
+            assert before.of(key, "test", seed).loss() == after.of(key, "test", seed).loss(), (key, seed)
+    assert before.facts["tuning"] == after.facts["tuning"]
+    # of seed 1 only what 2 shares with it was made
+    made = list(elsewhere.root.rglob("study_losses/*/provenance.json"))
+    assert len(made) == 2
+
+
+@whole
+def test_a_record_of_another_study_is_not_written_over(elsewhere):
+    before = (elsewhere.root / "study" / "study.json").read_bytes()
+    with pytest.raises(UserError, match=r"another study \(pool=2 and not 3\)"):
+        elsewhere.go("phase=study", *LIMITS, *SHORT, *QUICK, "study.pool=3")
+    with pytest.raises(UserError, match=r"seed 1 whose .*state_space.* other settings"):
+        elsewhere.go("phase=study", *LIMITS, *SHORT, *QUICK, "training.state_space.weight_decay=0.3")
+    assert (elsewhere.root / "study" / "study.json").read_bytes() == before
