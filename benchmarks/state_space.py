@@ -22,7 +22,7 @@ NEEDS |= {"HF Mamba": ("transformers",), "HF Mamba2": ("transformers",)}
 LENGTHS, SLOPE_LENGTHS = (512, 2048), (256, 512, 1024, 2048, 4096)
 QUICK, QUICK_LENGTHS = Size(num_layers=1, d_model=16, d_state=4, length=16), (8, 16)
 GATE_LENGTH = 64
-SLOW_ROUNDS = 1  # the loop over positions takes 25 s at length 512, quadratic in the length
+SLOW_ROUNDS = 9  # the loop over positions takes up to 25 s at length 512, quadratic in the length
 NOTES = (
     "Inputs of one row, no embedding and no head, fp32.",
     "FLOPs of S6: projections, convolution, 6 a channel and state. Mamba-2 does other work and claims none.",

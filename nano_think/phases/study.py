@@ -19,7 +19,7 @@ from nano_think.phases.study_measure import losses_maker
 from nano_think.phases.study_plan import Plan
 from nano_think.phases.study_record import draw, record_settings, write_record
 from nano_think.phases.study_settings import check_settings, check_text
-from nano_think.phases.study_tuning import Trial, tune
+from nano_think.phases.study_tuning import Trial, chosen, tune
 
 SPLITS = ("validation", "test")
 
@@ -27,8 +27,8 @@ SPLITS = ("validation", "test")
 def run(run: Run) -> dict[str, Any]:
     """Tune on the first seed, train and measure every seed, write the record, draw the report.
 
-    With `study.redraw=true` only the last: the report of the record in `study.out`. A record of this study that lies
-    there already is extended: its tuning holds, and its seeds need not be made again.
+    With `study.redraw=true` only the last: the report of the record in `study.out`. A record of this study that
+    lies there already is extended: its tuning holds, and its seeds need not be made again.
     Raises UserError for settings that mean nothing and for text that does not suffice, before anything is trained.
     """
     settings = run.plain(run.cfg.study)
@@ -44,8 +44,7 @@ def run(run: Run) -> dict[str, Any]:
     kept = Kept(out)
     trials = kept.trials(record_settings(first, seeds)) or tune(first, workers)
     show_trials(run, trials)
-    rates = {trial.family: trial.rate for trial in trials if trial.chosen}
-    plans = [Plan(run, seed, domains, rates) for seed in seeds]
+    plans = [Plan(run, seed, domains, chosen(trials)) for seed in seeds]
     elsewhere = kept.seeds(plans)
     for plan in plans:
         if plan.seed in elsewhere:
@@ -63,7 +62,7 @@ def run(run: Run) -> dict[str, Any]:
 
 
 def show_trials(run: Run, trials: list[Trial]) -> None:
-    """What each learning rate came to."""
-    rows = [[t.family, t.rate, t.tokens, t.val_loss, "chosen" if t.chosen else ""] for t in trials]
-    headers = ["family", "learning rate", "tokens", "validation loss", ""]
+    """What each trial came to."""
+    rows = [[t.family, t.rate, t.dropout, t.tokens, t.val_loss, "chosen" if t.chosen else ""] for t in trials]
+    headers = ["family", "learning rate", "dropout", "tokens", "validation loss", ""]
     render_table(Table(headers, rows, title="Equal trials for all, on validation text"), run.console)

@@ -1,4 +1,4 @@
-"""A record that is already there: seeds that it holds are kept, wherever they were measured, the others are run."""
+"""A record that is already there: its seeds are kept, wherever they were measured, the others are run."""
 
 from __future__ import annotations
 

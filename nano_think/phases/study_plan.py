@@ -6,6 +6,7 @@ here. The numbers that make a single Transformer comparable (layers, steps) foll
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,15 +24,20 @@ POOL_SEED = 1000
 
 @dataclass(frozen=True)
 class Family:
-    """Models that share a learning rate, and how it is set.
+    """Models that share what tuning chose, and how it is set.
 
-    key: the setting of the rate. phase, expert: where that is valid.
+    key: the setting of the learning rate. phase, expert: where that is valid.
     """
 
     name: str
     key: str
     phase: str
     expert: str | None = None
+
+    def settings(self, chosen: Mapping[str, float]) -> dict[str, float]:
+        """Overrides of what was chosen: `rate`, and `dropout` where there is an expert to have one."""
+        keys = {"rate": self.key, "dropout": f"experts.{self.expert}.dropout"}
+        return {keys[name]: value for name, value in chosen.items()}
 
 
 FAMILIES = {
@@ -55,13 +61,14 @@ EXPERTS = ("transformer", "diffuser", "state_space")
 class Plan:
     """The fits of one seed.
 
-    domains: of the corpus. rates: learning rate by family, as tuning chose it; one that is missing keeps its own.
+    domains: of the corpus. chosen: `rate` and `dropout` by family, as tuning found them; what is missing is as the
+    settings have it.
     """
 
     run: Run
     seed: int
     domains: int
-    rates: dict[str, float] = field(default_factory=dict)
+    chosen: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if tuple(self.run.cfg.expert.names) != EXPERTS:
@@ -118,16 +125,21 @@ class Plan:
             f"seed={self.seed if seed is None else seed}",
             f"data.train_tokens={read}",
             f"++prereq.expert.data.train_tokens={experts}",
-            *(f"++{FAMILIES[name].key}={self.rates[name]}" for name in EXPERTS if name in self.rates),
+            *(line for name in EXPERTS for line in self._tuned(name)),
             *(f"++{key}={value}" for key, value in self._matching(family).items()),
         ]
+        if optimizer := text["optimizer"]:
+            overrides += [f"optimizer={optimizer}", f"++prereq.expert.optimizer={optimizer}"]
         if where.phase != "expert":
             # the memory holds what the experts read, and nothing else
             rows = max(1, round(experts / self.domains / self.run.cfg.size.seq_len))
             overrides += [f"model.store.rows={rows}", f"++training.mla.static_tokens={fusion}"]
-        if family in self.rates:
-            overrides.append(f"++{where.key}={self.rates[family]}")
-        return self.run.composed(where.phase, [*overrides, *more], where.expert)
+        return self.run.composed(where.phase, [*overrides, *self._tuned(family), *more], where.expert)
+
+    def _tuned(self, family: str) -> list[str]:
+        """The overrides of what tuning chose for a family."""
+        chosen = FAMILIES[family].settings(self.chosen.get(family, {}))
+        return [f"++{key}={value}" for key, value in chosen.items()]
 
     @cached_property
     def costs(self) -> Costs:

@@ -30,6 +30,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for key in ("factors", "fusion_factors"):
         if not tuning[key] or not all(factor > 0 for factor in tuning[key]):
             raise UserError(f"study.tuning.{key}={tuning[key]}: give at least one factor, all above 0")
+    if not all(0 <= dropout < 1 for dropout in tuning["dropouts"]):
+        raise UserError(
+            f"study.tuning.dropouts={tuning['dropouts']}: give shares of units, from 0 to below 1"
+        )
     if not 0 < tuning["share"] <= 1:
         raise UserError(f"study.tuning.share={tuning['share']} is no share: give a number above 0, at most 1")
 

@@ -1,7 +1,8 @@
-"""Equal trials for everything a study compares: the same number of learning rates, judged on validation text."""
+"""Equal trials for everything a study compares, judged on validation text: learning rates, then dropout."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,28 +17,43 @@ GROUPS = (("transformer",), ("diffuser", "state_space", *SINGLE), ("fused_7c", "
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate of one family, and what it came to."""
+    """What one family was tried with, and what it came to.
+
+    dropout: None where it was as the settings have it. chosen: the best of its family with as many tokens.
+    """
 
     family: str
     rate: float
+    dropout: float | None
     tokens: int
     val_loss: float
     chosen: bool
 
 
 def tune(plan: Plan, workers: int) -> list[Trial]:
-    """Try every family; the plan's seed is the only one that is tuned on, its rates are set by the way."""
+    """Try every family; the plan's seed is the only one that is tuned on, its choices are set by the way."""
     found: list[Trial] = []
     for group in GROUPS:
-        makers = {family: _trials(plan, family) for family in group}
-        make_all(plan.run, [maker for trials in makers.values() for maker in trials.values()], workers)
-        for family, trials in makers.items():
-            found += _judged(plan, family, trials)
-        plan.rates |= {trial.family: trial.rate for trial in found if trial.chosen}
+        for tried in (_rates, _dropouts):
+            makers = {family: tried(plan, family) for family in group}
+            make_all(plan.run, [maker for trials in makers.values() for _, maker in trials], workers)
+            for family, trials in makers.items():
+                found += _judged(plan, family, trials)
+            plan.chosen |= chosen(found)
     return found
 
 
-def _trials(plan: Plan, family: str) -> dict[float, Maker]:
+def chosen(trials: Iterable[Trial]) -> dict[str, dict[str, float]]:
+    """`rate` and `dropout` by family, as `Plan` takes them."""
+    found: dict[str, dict[str, float]] = {}
+    for trial in trials:
+        if trial.chosen:
+            dropout = {} if trial.dropout is None else {"dropout": trial.dropout}
+            found[trial.family] = {"rate": trial.rate, **dropout}
+    return found
+
+
+def _rates(plan: Plan, family: str) -> list[tuple[dict[str, float], Maker]]:
     """The artefact of each learning rate; short runs of a pre-training, whole ones of the cheap last stages."""
     tuning, where = plan.settings["tuning"], FAMILIES[family]
     whole = plan.fit(family)
@@ -45,7 +61,19 @@ def _trials(plan: Plan, family: str) -> dict[float, Maker]:
     factors = tuning["factors" if pre_training else "fusion_factors"]
     steps = [] if not pre_training else [f"++{_node(where.key)}.max_steps={_steps(whole, tuning['share'])}"]
     rates = [float(f"{whole.spec['fit']['lr'] * factor:.3g}") for factor in factors]
-    return {rate: plan.fit(family, *steps, f"++{where.key}={rate}") for rate in rates}
+    return [({"rate": rate}, plan.fit(family, *steps, f"++{where.key}={rate}")) for rate in rates]
+
+
+def _dropouts(plan: Plan, family: str) -> list[tuple[dict[str, float], Maker]]:
+    """The artefact of each dropout with the rate that was chosen: whole runs, for short ones cannot overfit."""
+    where, rate = FAMILIES[family], plan.chosen[family]["rate"]
+    if where.phase != "expert":
+        return []
+    tried = [{"rate": rate, "dropout": dropout} for dropout in plan.settings["tuning"]["dropouts"]]
+    return [
+        (values, plan.fit(family, *(f"++{key}={value}" for key, value in where.settings(values).items())))
+        for values in tried
+    ]
 
 
 def _node(key: str) -> str:
@@ -58,10 +86,16 @@ def _steps(whole: Maker, share: float) -> int:
     return max(1, round(share * planned_tokens(fit) / step))
 
 
-def _judged(plan: Plan, family: str, trials: dict[float, Maker]) -> list[Trial]:
-    losses = {rate: plan.result(maker)["val_loss"] for rate, maker in trials.items()}
-    best = min(losses, key=losses.__getitem__)
+def _judged(plan: Plan, family: str, tried: Sequence[tuple[dict[str, float], Maker]]) -> list[Trial]:
+    losses = [plan.result(maker)["val_loss"] for _, maker in tried]
     return [
-        Trial(family, rate, planned_tokens(maker.spec["fit"]), losses[rate], rate == best)
-        for rate, maker in trials.items()
+        Trial(
+            family,
+            values["rate"],
+            values.get("dropout"),
+            planned_tokens(maker.spec["fit"]),
+            loss,
+            chosen=number == losses.index(min(losses)),
+        )
+        for number, ((values, maker), loss) in enumerate(zip(tried, losses, strict=True))
     ]

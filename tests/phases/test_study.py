@@ -22,6 +22,7 @@ QUICK = (
     "study.seeds=[1,2]",
     "study.tuning.factors=[0.01, 1.0]",
     "study.tuning.fusion_factors=[1.0]",
+    "study.tuning.dropouts=[0.0, 0.9]",
     "study.pool=2",
 )
 
@@ -111,12 +112,34 @@ def test_the_mixture_is_made_of_the_experts_that_are_compared(plan):
 
 
 def test_rates_reach_their_own_family_and_the_experts_below_a_mixture(plan):
-    rates = {name: 0.001 * (number + 1) for number, name in enumerate(FAMILIES)}
-    tuned = Plan(plan.run, plan.seed, plan.domains, rates)
+    chosen = {name: {"rate": 0.001 * (number + 1)} for number, name in enumerate(FAMILIES)}
+    pre_trained = [name for name, where in FAMILIES.items() if where.phase == "expert"]
+    for number, name in enumerate(pre_trained):
+        chosen[name]["dropout"] = 0.05 * (number + 1)
+    tuned = Plan(plan.run, plan.seed, plan.domains, chosen)
     for family in FAMILIES:
-        assert tuned.fit(family).spec["fit"]["lr"] == pytest.approx(rates[family]), family
+        assert tuned.fit(family).spec["fit"]["lr"] == pytest.approx(chosen[family]["rate"]), family
+    for family in pre_trained:
+        assert tuned.fit(family).spec["network"]["dropout"] == pytest.approx(chosen[family]["dropout"]), (
+            family
+        )
     experts = tuned.trained["fused_7a"].needs
-    assert [experts[name].spec["fit"]["lr"] for name in EXPERTS] == [rates[name] for name in EXPERTS]
+    for name in EXPERTS:
+        assert experts[name].recipe.hash == tuned.trained[name].recipe.hash
+
+
+def test_the_optimizer_of_a_study_is_that_of_all_its_fits(plan, project):
+    run = project.new("phase=study", *LIMITS, "study.optimizer=muon")
+    plans = (plan, Plan(run, plan.seed, plan.domains))
+    for key in plan.trained:
+        specs = [one.trained[key].spec for one in plans]
+        if "fit" in specs[0]:
+            assert [spec["fit"]["optimizer"]["_target_"].rpartition(".")[2] for spec in specs] == [
+                "adamw",
+                "muon",
+            ]
+    needs = plans[1].trained["fused_7a"].needs
+    assert all(needs[name].recipe.hash == plans[1].trained[name].recipe.hash for name in EXPERTS)
 
 
 def test_a_command_makes_the_very_artefact(plan, project):
@@ -196,12 +219,17 @@ def test_the_best_rate_on_validation_is_chosen_with_equal_trials(studied):
     trials = StudyRecord.load(studied.root / "study").facts["tuning"]
     for family, where in FAMILIES.items():
         own = [trial for trial in trials if trial["family"] == family]
-        assert len(own) == (2 if where.phase == "expert" else 1)
-        assert [trial["chosen"] for trial in own].count(True) == 1
-        assert next(t for t in own if t["chosen"])["val_loss"] == min(trial["val_loss"] for trial in own)
+        rates = [trial for trial in own if trial["dropout"] is None]
+        dropouts = [trial for trial in own if trial["dropout"] is not None]
+        assert (len(rates), len(dropouts)) == ((2, 2) if where.phase == "expert" else (1, 0))
+        for tried in filter(None, (rates, dropouts)):
+            assert [trial["chosen"] for trial in tried].count(True) == 1
+            assert next(t for t in tried if t["chosen"])["val_loss"] == min(t["val_loss"] for t in tried)
+        assert {trial["rate"] for trial in dropouts} <= {trial["rate"] for trial in rates if trial["chosen"]}
         if family in EXPERTS:
-            # a fifth of four steps of 8 x 64 tokens, and at least one
-            assert {trial["tokens"] for trial in own} == {8 * 64}
+            # a fifth of four steps of 8 x 64 tokens, and at least one; then all of them
+            assert {trial["tokens"] for trial in rates} == {8 * 64}
+            assert {trial["tokens"] for trial in dropouts} == {4 * 8 * 64}
 
 
 @whole
