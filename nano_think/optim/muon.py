@@ -77,6 +77,9 @@ def muon(
     A module without trainable hidden matrix (a router alone) gets AdamW alone inside the same object.
     """
     matrices = parameter_groups(module, lr, weight_decay, lr_scale, hidden_matrices=True)
+    for group in matrices:
+        # the other parameters have groups of the same names, and a log of learning rates needs to tell them apart
+        group["name"] = f"{group['name']}/muon"
     others = parameter_groups(module, lr, weight_decay, lr_scale, hidden_matrices=False)
     if not matrices and not others:
         raise ValueError("the module has no trainable parameter: unfreeze a part before making an optimizer")

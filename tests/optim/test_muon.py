@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from nano_think.experts.state_space import StateSpaceExpert
 from nano_think.experts.transformer import TransformerExpert
 from nano_think.optim.groups import roles
 from nano_think.optim.muon import MuonWithAdamW, muon
@@ -156,6 +157,13 @@ def test_router_alone_gets_adamw_alone(model) -> None:
     assert_same(model["expert"], before["expert"])
     with pytest.raises(ValueError, match="no trainable parameter"):
         muon(model.requires_grad_(False), 0.1, 0.0)
+
+
+def test_no_two_groups_have_one_name(randomise) -> None:
+    """A state-space layer has decayed matrices of both kinds; what logs learning rates refuses equal names."""
+    groups = muon(randomise(StateSpaceExpert(16, 1, 32, 4)), 1e-3, 0.1).param_groups
+    names = [group["name"] for group in groups]
+    assert len(set(names)) == len(names) == 3
 
 
 def test_a_vector_among_the_matrices_is_refused() -> None:

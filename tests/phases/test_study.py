@@ -304,14 +304,13 @@ def test_commands_name_no_folder_of_this_machine():
 
 
 @pytest.fixture
-def elsewhere(studied, shared_project, tmp_path):
+def elsewhere(studied, project):
     """A project that has nothing but the record of another one, from which seed 2 was taken away."""
-    with shared_project(tmp_path / "other") as project:
-        whole = StudyRecord.load(studied.root / "study")
-        facts = {**whole.facts, "seeds": {"1": whole.facts["seeds"]["1"]}}
-        losses = {key: part for key, part in whole.losses.items() if key[1] == 1}
-        StudyRecord(facts, losses).save(project.root / "study")
-        yield project
+    whole = StudyRecord.load(studied.root / "study")
+    facts = {**whole.facts, "seeds": {"1": whole.facts["seeds"]["1"]}}
+    losses = {key: part for key, part in whole.losses.items() if key[1] == 1}
+    StudyRecord(facts, losses).save(project.root / "study")
+    return project
 
 
 @whole
