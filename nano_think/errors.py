@@ -5,3 +5,10 @@ from __future__ import annotations
 
 class UserError(Exception):
     """A mistake the user can mend: shown as one line without a traceback, so the message says what to do."""
+
+
+def brief(error: BaseException, longest: int = 200) -> str:
+    """Why something failed, as part of one sentence: the first line, without what a terminal would obey."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."

@@ -39,6 +39,17 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: str | Path) -> Any:
+    """The plain value in a JSON file.
+
+    Raises OSError where it cannot be read, ValueError where it is no JSON or nested beyond what can be followed.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with `atomic_write`."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nano_think.errors import UserError
-from nano_think.files import atomic_dir, atomic_write
+from nano_think.errors import UserError, brief
+from nano_think.files import atomic_dir, atomic_write, read_json
 
 _KEPT = 2
 
@@ -50,16 +50,24 @@ def current_generation(root: str | Path) -> tuple[Path, dict[str, Any]]:
     """
     root = Path(root)
     try:
-        folder = root / (root / "CURRENT").read_text().strip()
+        name = (root / "CURRENT").read_bytes().strip()
     except OSError:
         raise UserError(f"nothing has been saved in {root}: build it first, or name another folder") from None
+    if not re.fullmatch(rb"generation-[0-9]{6,12}", name):
+        raise UserError(f"{root / 'CURRENT'} is damaged and names no generation: build it again")
+    folder = root / name.decode()
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        damaged = [name for name, digest in manifest["files"].items() if _sha256(folder / name) != digest]
+        manifest = read_json(folder / "manifest.json")
+        listed, there = manifest["files"], {file.name for file in folder.iterdir()}
+        # what lies there and is not listed nobody wrote, and it would be read all the same
+        damaged = sorted(there - set(listed) - {"manifest.json"})
+        damaged += [
+            file for file in sorted(listed) if file not in there or _sha256(folder / file) != listed[file]
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         damaged = ["manifest.json or a file that it names"]
     if damaged:
-        raise UserError(f"{folder} is damaged ({', '.join(damaged)}): build it again")
+        raise UserError(f"{folder} is damaged ({brief(ValueError(', '.join(damaged)))}): build it again")
     return folder, manifest
 
 

@@ -12,13 +12,14 @@ import base64
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rustbpe
 import tiktoken
 
-from nano_think.errors import UserError
-from nano_think.files import atomic_write, hash_bytes, write_json
+from nano_think.errors import UserError, brief
+from nano_think.files import atomic_write, hash_bytes, read_json, write_json
 
 SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
 
@@ -42,6 +43,9 @@ BPE_PATTERN = "|".join(
 # The pattern GPT-2 was trained with (Radford et al. 2019, `encoder.py`), without which its ranks mean nothing;
 # only the run of blanks is bounded, for the reason above and far beyond what text contains.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,9999}(?!\S)|\s+"
+
+# What a tokenizer on disk may cut with. A pattern that is changed stays here under another name.
+PATTERNS = (BPE_PATTERN, GPT2_PATTERN)
 
 _RANKS_FILE = "ranks.tiktoken"
 _DESCRIPTION_FILE = "tokenizer.json"
@@ -112,14 +116,17 @@ class Tokenizer:
         directory = Path(directory)
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(self._tokens))
         atomic_write(directory / _RANKS_FILE, "".join(lines))
-        description = {
+        write_json(directory / _DESCRIPTION_FILE, self._description())
+
+    def _description(self) -> dict[str, Any]:
+        """What lies beside the ranks."""
+        return {
             "format": 1,
             "vocab_size": self.vocab_size,
             "pattern": self.pattern,
             "specials": dict(zip(SPECIALS, (self.bos_id, self.eos_id, self.pad_id), strict=True)),
             "hash": self.hash,
         }
-        write_json(directory / _DESCRIPTION_FILE, description)
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -130,18 +137,20 @@ class Tokenizer:
         """
         directory = Path(directory)
         try:
-            description = json.loads((directory / _DESCRIPTION_FILE).read_text())
+            description = read_json(directory / _DESCRIPTION_FILE)
+            if description["pattern"] not in PATTERNS:
+                # an expression is a program: one of somebody else's could take for ever, or end the process
+                raise ValueError("its pattern is none of ours")
             tokenizer = cls(_read_ranks(directory / _RANKS_FILE), description["pattern"])
-            expected = description["hash"]
         except FileNotFoundError as error:
             raise UserError(
                 f"no tokenizer in {directory}: train one with `python train.py phase=tokenizer`"
             ) from error
-        except (ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(
-                f"the tokenizer in {directory} is damaged ({error}): delete it and train it again"
+                f"the tokenizer in {directory} is damaged ({brief(error)}): delete it and train it again"
             ) from error
-        if tokenizer.hash != expected:
+        if tokenizer._description() != description:
             raise UserError(
                 f"the two files of the tokenizer in {directory} do not belong together: train it again"
             )

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from nano_think.arrays import read_npy
 from nano_think.ops.top_k import GROUP, exact_top_k
 
 # The GPU indexes of FAISS select at most this many neighbours.
@@ -53,8 +54,11 @@ class VectorIndex(Protocol):
     def save(self, directory: Path) -> None:
         """Write keys.npy, and whatever else restores the same answers, into an existing directory."""
 
-    def restore(self, directory: Path) -> None:
-        """Take over what `save` wrote; keys.npy of any other backend will do."""
+    def restore(self, directory: Path, count: int) -> None:
+        """Take over what `save` wrote of `count` vectors; keys.npy of any other backend will do.
+
+        Raises OSError or ValueError for files that are missing or hold anything else.
+        """
 
     def __len__(self) -> int: ...
 
@@ -98,9 +102,9 @@ def _padded(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np
     return np.where(ids < 0, np.float32(-np.inf), scores), ids
 
 
-def _add_in_chunks(index: VectorIndex, directory: Path) -> None:
+def _add_in_chunks(index: VectorIndex, directory: Path, count: int) -> None:
     index.reset()
-    keys = np.load(directory / "keys.npy", mmap_mode="r")
+    keys = read_npy(directory / "keys.npy", ("float32", (count, index.d_model)), mapped=True)
     for start in range(0, len(keys), 65_536):
         index.add(np.array(keys[start : start + 65_536]))
 
@@ -162,8 +166,8 @@ class TorchIndex:
     def save(self, directory: Path) -> None:
         np.save(directory / "keys.npy", self.vectors())
 
-    def restore(self, directory: Path) -> None:
-        _add_in_chunks(self, directory)
+    def restore(self, directory: Path, count: int) -> None:
+        _add_in_chunks(self, directory, count)
 
 
 class FlatIndex:
@@ -251,8 +255,8 @@ class FlatIndex:
     def save(self, directory: Path) -> None:
         np.save(directory / "keys.npy", self.vectors())
 
-    def restore(self, directory: Path) -> None:
-        _add_in_chunks(self, directory)
+    def restore(self, directory: Path, count: int) -> None:
+        _add_in_chunks(self, directory, count)
 
 
 class IVFIndex:
@@ -313,14 +317,10 @@ class IVFIndex:
         num_lists = int(4 * size**0.5)
         if size < 39 * num_lists or size < 4 * self.trained_on or size == 0:
             return
-        faiss, vectors = self._faiss, self.exact.vectors()
-        quantizer = faiss.IndexFlatIP(self.d_model)
-        lists = faiss.IndexIVFFlat(quantizer, self.d_model, num_lists, faiss.METRIC_INNER_PRODUCT)
-        lists.train(vectors)
-        lists.add(vectors)
-        lists.make_direct_map(True)  # `replace` needs to find a vector's list
+        lists = self._empty_lists(num_lists)
+        self._fill(lists)
         self._lists, self.trained_on = lists, size
-        self._choose_nprobe(vectors)
+        self._choose_nprobe(self.exact.vectors())
 
     def _choose_nprobe(self, vectors: np.ndarray) -> None:
         sample = np.random.default_rng(0).choice(len(vectors), min(256, len(vectors)), replace=False)
@@ -355,16 +355,38 @@ class IVFIndex:
     def save(self, directory: Path) -> None:
         self.exact.save(directory)
         if self._lists is not None:
-            self._faiss.write_index(self._lists, str(directory / "lists.faiss"))
-            np.save(directory / "lists.npy", np.array([self.trained_on, self.recall]))
+            # FAISS's own files are read by code that trusts them; the lists follow from their centres
+            centres = self._lists.quantizer.reconstruct_n(0, self._lists.nlist)
+            np.save(directory / "lists.npy", np.ascontiguousarray(centres, np.float32))
+            numbers = [self._lists.nlist, self._lists.nprobe, self.trained_on, self.recall]
+            np.save(directory / "lists_settings.npy", np.array(numbers, np.float64))
 
-    def restore(self, directory: Path) -> None:
+    def restore(self, directory: Path, count: int) -> None:
         self._forget()
-        self.exact.restore(directory)
-        if (directory / "lists.faiss").is_file():
-            self._lists = self._faiss.read_index(str(directory / "lists.faiss"))
-            trained_on, recall = np.load(directory / "lists.npy")
-            self.trained_on, self.recall = int(trained_on), float(recall)
+        self.exact.restore(directory, count)
+        if not (directory / "lists_settings.npy").is_file():
+            return  # nothing was trained, or by a version that kept lists in a file of FAISS: trained again if due
+        num_lists, nprobe, trained_on, recall = read_npy(directory / "lists_settings.npy", ("float64", (4,)))
+        if not (
+            1 <= nprobe <= num_lists <= max(1, count) and 0 <= trained_on <= 1 << 40 and 0 <= recall <= 1
+        ):
+            raise ValueError("lists_settings.npy holds settings that no index has")
+        centres = read_npy(directory / "lists.npy", ("float32", (int(num_lists), self.d_model)))
+        self._lists = self._empty_lists(int(num_lists))
+        self._lists.quantizer.add(checked_vectors(centres, self.d_model))
+        self._fill(self._lists)
+        self._lists.nprobe, self.trained_on, self.recall = int(nprobe), int(trained_on), float(recall)
+
+    def _empty_lists(self, num_lists: int) -> Any:
+        faiss = self._faiss
+        quantizer = faiss.IndexFlatIP(self.d_model)
+        return faiss.IndexIVFFlat(quantizer, self.d_model, num_lists, faiss.METRIC_INNER_PRODUCT)
+
+    def _fill(self, lists: Any) -> None:
+        """Train what is not trained, and put all vectors into their lists."""
+        lists.train(self.exact.vectors())
+        lists.add(self.exact.vectors())
+        lists.make_direct_map(True)  # `replace` needs to find a vector's list
 
 
 def import_faiss() -> Any:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nano_think.arrays import read_npy, read_npz
 from nano_think.files import hash_bytes
 
 SPLITS = ("expert_train", "fusion_train", "validation", "test")
@@ -29,6 +31,12 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "token_offset": ("int64", 0),
     "session": ("int64", SHARED),
 }
+
+
+# What a store keeps of each record besides: how often its place was overwritten, and when it was last used.
+BOOKKEEPING = {"wrap": "int64", "used": "int64"}
+# Beyond these, a width or a length is no longer one of a language model.
+WIDEST, LONGEST = 1 << 20, 1 << 24
 
 
 def session_id(name: str) -> int:
@@ -137,4 +145,50 @@ def metadata_columns(count: int, width: int, meta: dict[str, Any]) -> dict[str, 
         if tokens.ndim != 2 or len(tokens) != count or tokens.shape[1] > width:
             raise ValueError(f"tokens must be ({count}, up to {width}), got {tokens.shape}")
         columns["tokens"][:, : tokens.shape[1]] = tokens
+    return columns
+
+
+def check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError for the manifest of a store that cannot be one of ours."""
+    numbers = ("d_model", "capacity", "chunk", "count", "written", "clock", "generation")
+    for name in numbers:
+        if type(manifest[name]) is not int or not 0 <= manifest[name] < 1 << 62:
+            raise ValueError(f"{name} is {manifest[name]!a:.40}")
+    d_model, capacity, chunk, count, written = (manifest[name] for name in numbers[:5])
+    if not (1 <= d_model <= WIDEST and chunk <= LONGEST and count <= min(capacity, written)):
+        raise ValueError(f"{count} of {written} records of width {d_model} do not fit into {capacity}")
+    near = manifest["near_duplicate"]
+    if near is not None and (
+        isinstance(near, bool) or not isinstance(near, int | float) or not -1 <= near <= 2
+    ):
+        raise ValueError(f"near_duplicate is {near!a:.40}")
+    for name in ("backend", "policy", "value_dtype", "fingerprint"):
+        if not isinstance(manifest[name], str):
+            raise ValueError(f"{name} is {manifest[name]!a:.40}")
+
+
+def read_columns(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+    """All that the files of a store say of its records but their keys.
+
+    Raises OSError or ValueError where a file is missing, of other shapes than a checked manifest says, or holds
+    what no record has.
+    """
+    count, width = manifest["count"], manifest["d_model"]
+    kinds = {name: (dtype, (count,)) for name, (dtype, _) in COLUMNS.items()}
+    kinds |= {name: (dtype, (count,)) for name, dtype in BOOKKEEPING.items()}
+    columns = read_npz(folder / "meta.npz", {**kinds, "tokens": ("int32", (count, manifest["chunk"]))})
+    columns["values"] = read_npy(folder / "values.npy", (manifest["value_dtype"], (count, width)))
+    ranges = {"split": (0, len(SPLITS) - 1), "used": (0, manifest["clock"]), "wrap": (0, manifest["written"])}
+    ranges |= {
+        "tokens": (-1, LONGEST),
+        "session": (0, None),
+        "generation": (0, None),
+        "token_offset": (0, None),
+    }
+    for name, (lowest, highest) in ranges.items():
+        column = columns[name]
+        if column.size and (column.min() < lowest or (highest is not None and column.max() > highest)):
+            raise ValueError(f"meta.npz: {name} lies outside {lowest} to {highest}")
+    if not np.isfinite(columns["values"]).all():
+        raise ValueError("values.npy: a value is not finite")
     return columns

@@ -17,10 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nano_think.errors import UserError
+from nano_think.errors import UserError, brief
 from nano_think.generations import current_generation, new_generation
 from nano_think.vector_index import VectorIndex, checked_vectors, make_index
-from nano_think.vector_records import COLUMNS, Hits, Reader, as_numpy, metadata_columns
+from nano_think.vector_records import (
+    COLUMNS,
+    Hits,
+    Reader,
+    as_numpy,
+    check_manifest,
+    metadata_columns,
+    read_columns,
+)
 
 _FORMAT = 1
 _OVERFETCH = 4
@@ -352,6 +360,12 @@ class VectorStore:
         folder, manifest = current_generation(directory)
         if manifest.get("format") != _FORMAT:
             raise UserError(f"{directory} is not a vector store of format {_FORMAT}: build it again")
+        try:
+            check_manifest(manifest)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder}/manifest.json is damaged ({brief(error)}): build the store again"
+            ) from error
         if d_model is not None and manifest["d_model"] != d_model:
             raise UserError(
                 f"the store in {directory} has width {manifest['d_model']}, the model {d_model}: "
@@ -364,11 +378,14 @@ class VectorStore:
             )
         names = ("capacity", "policy", "chunk", "value_dtype", "near_duplicate", "fingerprint")
         settings = {name: manifest[name] for name in names}
-        store = cls(manifest["d_model"], backend=backend or manifest["backend"], gpu=gpu, **settings)
-        store._index.restore(folder)
-        with np.load(folder / "meta.npz") as meta:
-            store._data = {name: meta[name] for name in meta.files}
-        store._data["values"] = np.load(folder / "values.npy")
+        try:
+            store = cls(manifest["d_model"], backend=backend or manifest["backend"], gpu=gpu, **settings)
+            store._data = read_columns(folder, manifest)
+            store._index.restore(folder, manifest["count"])
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the store in {folder} cannot be read ({brief(error)}): build it again"
+            ) from error
         store._size, store._written = manifest["count"], manifest["written"]
         store._clock, store.generation = manifest["clock"], manifest["generation"]
         return store

@@ -127,7 +127,7 @@ def test_ivf_answers_in_full_and_follows_changes(clustered_ivf, tmp_path):
     assert index.search(np.concatenate((new, -new)), 1)[1].tolist() == [[30_000], [17]]
     index.save(tmp_path)
     other = IVFIndex(16)
-    other.restore(tmp_path)
+    other.restore(tmp_path, len(index))
     for mine, theirs in zip(index.search(keys[:300], 5), other.search(keys[:300], 5), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert other.settings() == index.settings()

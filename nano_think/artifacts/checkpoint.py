@@ -2,14 +2,16 @@
 
 expert.safetensors | model.safetensors    weights, every tensor once
 embedding.safetensors                     (experts) the table that is both input and tied head
-spec.json                                 `_target_` notation with all defaults written out
+spec.json                                 schema, and `_target_` notation with all defaults written out
 tokenizer/                                the tokenizer the model was trained with
 provenance.json                           what it was made from: hashes, seeds, numbers, result
+
+A folder may come from anywhere. Reading one executes nothing that it brings, takes memory in proportion to its
+size, and ends in a model or in one sentence.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from nano_think.artifacts.build import build, complete
-from nano_think.errors import UserError
+from nano_think.artifacts import provenance, schema
+from nano_think.artifacts.build import complete
+from nano_think.artifacts.restore import restore
+from nano_think.errors import UserError, brief
 from nano_think.files import atomic_write, write_json
 from nano_think.model import ExpertLM, NanoThink
 from nano_think.tokenizer import Tokenizer
@@ -55,9 +59,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read safetensors; raises UserError for a file that is missing, cut short or something else."""
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"{path} is missing or damaged ({error}): delete its folder and make it again"
+            f"{path} is missing or damaged ({brief(error)}): delete its folder and make it again"
         ) from error
 
 
@@ -69,7 +73,7 @@ def save_expert(
     save_tensors(path / "embedding.safetensors", {"weight": model.embedding.weight})
     tokenizer.save(path / "tokenizer")
     description = {"kind": "expert", "name": name, "seq_len": seq_len, "expert": complete(spec)}
-    write_json(path / "spec.json", description)
+    write_json(path / "spec.json", {"schema": schema.current(), **description})
 
 
 def save_fused(
@@ -78,22 +82,8 @@ def save_fused(
     """Write a whole NanoThink, the frozen experts included, so that the folder stands alone."""
     save_tensors(path / "model.safetensors", model.state_dict())
     tokenizer.save(path / "tokenizer")
-    write_json(path / "spec.json", {"kind": "nano_think", "seq_len": seq_len, "model": complete(spec)})
-
-
-def read_spec(path: Path, how_to_make: str) -> dict[str, Any]:
-    """The spec of a checkpoint folder; raises UserError naming `how_to_make` where there is none."""
-    if not path.exists():
-        raise UserError(f"there is no checkpoint at {path}: make it with `{how_to_make}`")
-    try:
-        spec = json.loads((path / "spec.json").read_text())
-        if spec["kind"] not in ("expert", "nano_think"):
-            raise KeyError(spec["kind"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a nano_think checkpoint (no readable spec.json): make one with `{how_to_make}`"
-        ) from error
-    return spec
+    description = {"kind": "nano_think", "seq_len": seq_len, "model": complete(spec)}
+    write_json(path / "spec.json", {"schema": schema.current(), **description})
 
 
 def load_checkpoint(
@@ -101,47 +91,65 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint folder, strictly; the model is in eval mode.
 
-    Raises UserError for a missing, damaged or foreign folder, naming the command that makes a right one.
+    Raises UserError for a missing, damaged, exchanged or foreign folder, naming the command that makes a right
+    one.
     """
     path = Path(path)
-    spec = read_spec(path, how_to_make)
+    spec, written = schema.read_spec(path, how_to_make)
     try:
+        made = provenance.read(path)
+        provenance.verify(path, made)
+        if (root := provenance.root_of(path, made)) is not None:
+            provenance.verify_needs(root, made)
         tokenizer = Tokenizer.load(path / "tokenizer")
-        model = _load_expert(path, spec) if spec["kind"] == "expert" else _load_fused(path, spec)
-        provenance = _read_provenance(path)
+        model = (
+            _load_expert(path, spec, written)
+            if spec["kind"] == "expert"
+            else _load_fused(path, spec, written)
+        )
     except UserError as error:
         raise UserError(f"{error}; for the whole checkpoint: `{how_to_make}`") from error
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        message = str(error).splitlines()[0]
         raise UserError(
-            f"{path} does not fit this version of the code ({message}): make it again with `{how_to_make}`"
+            f"{path} does not fit this version of the code ({brief(error)}): make it again with `{how_to_make}`"
         ) from error
     if model.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"{path}: the model has {model.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}: "
             f"make it again with `{how_to_make}`"
         )
-    return Checkpoint(path, model.eval(), tokenizer, spec, provenance)
+    return Checkpoint(path, model.eval(), tokenizer, spec, made)
 
 
-def _read_provenance(path: Path) -> dict[str, Any]:
-    """What the folder was made from; empty for a model that somebody saved by hand."""
-    file = path / "provenance.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+def _load_expert(path: Path, spec: dict[str, Any], written: int) -> ExpertLM:
+    table = load_tensors(path / "embedding.safetensors")
+    weights = schema.migrated(load_tensors(path / "expert.safetensors"), written)
+    if set(table) != {"weight"} or table["weight"].dim() != 2 or not table["weight"].is_floating_point():
+        raise ValueError("embedding.safetensors is no table of tokens")
+    expert = restore(
+        spec["expert"], weights, lambda made: _decodes(made) and made.d_model == table["weight"].shape[1]
+    )
+    return ExpertLM(nn.Embedding.from_pretrained(table["weight"], freeze=False), expert)
 
 
-def _load_expert(path: Path, spec: dict[str, Any]) -> ExpertLM:
-    table = load_tensors(path / "embedding.safetensors")["weight"]
-    expert = build(spec["expert"])
-    expert.load_state_dict(load_tensors(path / "expert.safetensors"))
-    return ExpertLM(nn.Embedding.from_pretrained(table, freeze=False), expert)
-
-
-def _load_fused(path: Path, spec: dict[str, Any]) -> NanoThink:
-    model = build(spec["model"])
-    model.load_state_dict(load_tensors(path / "model.safetensors"))
+def _load_fused(path: Path, spec: dict[str, Any], written: int) -> NanoThink:
+    weights = schema.migrated(load_tensors(path / "model.safetensors"), written)
+    model: Any = restore(spec["model"], weights, _is_whole)
     model.freeze_experts()
     return model
+
+
+def _decodes(network: Any) -> bool:
+    """Whether this is an expert: torch's layers have weights too, but nothing to decode with."""
+    return hasattr(network, "d_model") and hasattr(network, "init_state") and hasattr(network, "extend")
+
+
+def _is_whole(network: Any) -> bool:
+    """Whether this is a `NanoThink` all of whose experts are experts of its width."""
+    if not isinstance(network, NanoThink):
+        return False
+    width = network.embedding.embedding_dim
+    return all(_decodes(expert) and expert.d_model == width for expert in network.experts.values())
 
 
 def require_same_tokenizer(checkpoint: Checkpoint, tokenizer_hash: str) -> None:

@@ -7,7 +7,6 @@ store/                 generations of the vector store
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +17,18 @@ from torch import Tensor
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_tensors, save_tensors
 from nano_think.chunks import ChunkEncoder, chunk_records, complete_chunks, token_records
-from nano_think.errors import UserError
-from nano_think.files import write_json
+from nano_think.errors import UserError, brief
+from nano_think.files import read_json, write_json
 from nano_think.model import NanoThink
 from nano_think.nn.leaks import leaks, mark
 from nano_think.ops.layout import Layout
 from nano_think.retrieval import MemorySlots, Retriever, leaky_settings
-from nano_think.vector_records import Reader
+from nano_think.vector_records import LONGEST, Reader
 from nano_think.vector_store import VectorStore
 
 SPLIT = "expert_train"
+# Neighbours of a query beyond which a memory is a mistake.
+MOST_NEIGHBOURS = 4096
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,32 @@ def load_memory(path: Path) -> Memory | None:
     if settings is None:
         return None
     tensors = load_tensors(path / "encoder.safetensors")
-    vocab_size, d_model = tensors["table"].shape
-    encoder = ChunkEncoder(vocab_size=vocab_size, d_model=d_model)
-    encoder.load_state_dict(tensors)
-    store = VectorStore.load(path / "store", fingerprint=encoder.fingerprint())
-    return Memory.over(store, encoder, settings["retrieval"], settings["figures"])
+    try:
+        vocab_size, d_model = tensors["table"].shape
+        encoder = ChunkEncoder(vocab_size=vocab_size, d_model=d_model)
+        encoder.load_state_dict(tensors)
+        store = VectorStore.load(path / "store", fingerprint=encoder.fingerprint(), d_model=d_model)
+        return Memory.over(store, encoder, settings["retrieval"], settings["figures"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({brief(error)}): delete its folder and make it again") from error
+
+
+def memory_of(checkpoint: Checkpoint) -> Memory | None:
+    """The memory that came with a model; None where it has none.
+
+    Raises UserError where it is damaged or was made for a model of another vocabulary or width.
+    """
+    memory = load_memory(checkpoint.path / "memory")
+    if memory is not None and memory.encoder.table.shape != checkpoint.model.embedding.weight.shape:
+        sizes = (
+            " x ".join(map(str, t.shape)) for t in (memory.encoder.table, checkpoint.model.embedding.weight)
+        )
+        raise UserError(
+            "the memory in {} is of tokens and width {}, its model of {}: make both again".format(
+                checkpoint.path, *sizes
+            )
+        )
+    return memory
 
 
 def memory_leaks(path: Path) -> list[str]:
@@ -157,6 +179,15 @@ def _settings(path: Path) -> dict[str, Any] | None:
     if not (path / "settings.json").is_file():
         return None
     try:
-        return json.loads((path / "settings.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete its folder and make it again") from error
+        settings = read_json(path / "settings.json")
+        retrieval = settings["retrieval"]
+        for name, most in (("k", MOST_NEIGHBOURS), ("chunk", LONGEST)):
+            if type(retrieval[name]) is not int or not 0 <= retrieval[name] <= most:
+                raise ValueError(f"{name} is {retrieval[name]!a:.40}")
+        if not isinstance(settings.setdefault("figures", {}), dict):
+            raise ValueError("its figures are none")
+        if not isinstance(retrieval.get("write_on_read", False), bool):
+            raise ValueError("write_on_read is neither true nor false")
+        return settings
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({brief(error)}): delete its folder and make it again") from error

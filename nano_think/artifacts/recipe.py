@@ -7,11 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nano_think.artifacts import provenance
 from nano_think.files import hash_json
 
 # Raised when the meaning of an artefact's files changes: older ones are then rebuilt instead of misread.
 FORMAT = 1
-COMPLETE_MARK = "provenance.json"
+COMPLETE_MARK = provenance.FILE
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,14 @@ class Recipe:
         """Whether a complete artefact is there (folders appear complete, by rename)."""
         return (self.path(root) / COMPLETE_MARK).is_file()
 
-    def lineage(self) -> dict[str, Any]:
-        """Kind, hash, spec and the lineage of all needs as plain values, for provenance files."""
-        needs = {name: need.lineage() for name, need in self.needs.items()}
+    def lineage(self, root: Path | None = None) -> dict[str, Any]:
+        """Kind, hash, spec and the lineage of all needs as plain values, for provenance files.
+
+        root: of the artefacts; the content of every need that lies there is part of the answer then.
+        """
+        needs = {}
+        for name, need in self.needs.items():
+            needs[name] = need.lineage(root)
+            if root is not None and need.exists(root):
+                needs[name]["content"] = provenance.content_of(need.path(root))
         return {"kind": self.kind, "hash": self.hash, "spec": self.spec, "needs": needs}

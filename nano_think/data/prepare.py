@@ -84,10 +84,9 @@ def prepare_corpus(
 
 
 def _existing(out_dir: Path, key: dict[str, Any]) -> Corpus:
-    try:
-        corpus = Corpus(out_dir)
-    except FileNotFoundError as error:
-        raise UserError(f"{out_dir} exists and is not a prepared corpus: name another folder.") from error
+    if not (out_dir / "manifest.json").is_file():
+        raise UserError(f"{out_dir} exists and is not a prepared corpus: name another folder.")
+    corpus = Corpus(out_dir)
     if any(corpus.manifest.get(name) != value for name, value in key.items()):
         raise UserError(
             f"{out_dir} holds a corpus of other data or settings: remove it or name another folder."

@@ -7,11 +7,10 @@ of `Documents`.
 
 from __future__ import annotations
 
-import json
 import operator
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from nano_think.data.corpus import Block, Corpus
+from nano_think.arrays import read_npy
+from nano_think.data.corpus import Block, Corpus, plain_name
 from nano_think.data.split import SPLITS
 from nano_think.data.workers import Workers
-from nano_think.errors import UserError
-from nano_think.files import atomic_dir, write_json
+from nano_think.errors import UserError, brief
+from nano_think.files import atomic_dir, hash_file, read_json, write_json
 from nano_think.tokenizer import Tokenizer
 
 
@@ -54,17 +54,23 @@ class Documents:
 class Shards:
     """Reader of a directory made by `build_shards`; only the manifest is read until tokens are asked for.
 
+    A file is compared with its hash and with what the manifest says of it when it is first opened.
+
     Raises:
-        UserError: the directory holds no shards.
+        UserError: the directory holds no shards, or they are damaged, here and in every method that opens a file.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         try:
-            self.manifest: dict[str, Any] = json.loads((self.directory / "manifest.json").read_text())
+            self.manifest: dict[str, Any] = read_json(self.directory / "manifest.json")
+            _check_manifest(self.manifest)
         except FileNotFoundError as error:
             message = f"no token shards in {directory}: make them with `python train.py phase=data`"
             raise UserError(message) from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self._damaged("manifest.json", brief(error)) from error
+        self._opened: set[str] = set()
         self.domains: list[str] = self.manifest["domains"]
         self.vocab_size: int = self.manifest["vocab_size"]
         self.tokenizer_hash: str = self.manifest["tokenizer_hash"]
@@ -77,7 +83,8 @@ class Shards:
             UserError: unknown split or domain.
         """
         try:
-            return self.manifest["splits"][split][domain]
+            counts: dict[str, int] = self.manifest["splits"][split][domain]
+            return counts
         except KeyError as error:
             known = f"splits {', '.join(self.manifest['splits'])}; domains {', '.join(self.domains)}"
             raise UserError(f"no shard {split}/{domain} in {self.directory}: choose from {known}") from error
@@ -89,16 +96,47 @@ class Shards:
 
     def tokens(self, split: str, domain: str) -> np.ndarray:
         """The token stream, a read-only memory map of shape (num_tokens,)."""
-        dtype = np.dtype(self.manifest["dtype"])
-        if self.num_tokens(split, domain) == 0:
+        dtype, count = np.dtype(self.manifest["dtype"]), self.num_tokens(split, domain)
+        name = f"{split}/{domain}.tokens.bin"
+        if count == 0:
             return np.empty(0, dtype)  # an empty file cannot be mapped
-        return np.memmap(self.directory / split / f"{domain}.tokens.bin", dtype=dtype, mode="r")
+        try:
+            if (self.directory / name).stat().st_size != count * dtype.itemsize:
+                raise ValueError(f"not {count} tokens long")
+            stream = np.memmap(self.directory / name, dtype=dtype, mode="r")
+            if name not in self._opened and _largest(stream) >= self.vocab_size:
+                raise ValueError(f"holds tokens beyond its vocabulary of {self.vocab_size}")
+            self._compare(name)
+        except (OSError, ValueError) as error:
+            raise self._damaged(name, brief(error)) from error
+        return stream
 
     def docs(self, split: str, domain: str) -> Documents:
         """The document table, memory-mapped."""
-        self.counts(split, domain)
-        table = np.load(self.directory / split / f"{domain}.docs.npy", mmap_mode="r")
-        return Documents(*np.asarray(table))
+        counts, name = self.counts(split, domain), f"{split}/{domain}.docs.npy"
+        try:
+            kind = ("int64", (len(fields(Documents)), counts["documents"]))
+            docs = Documents(*np.asarray(read_npy(self.directory / name, kind, mapped=True)))
+            if name not in self._opened:
+                _check_documents(docs, counts["tokens"])
+            self._compare(name)
+        except (OSError, ValueError) as error:
+            raise self._damaged(name, brief(error)) from error
+        return docs
+
+    def _compare(self, name: str) -> None:
+        """Raise ValueError where a file is not the one that was written; those of old have no hash."""
+        if name not in self._opened:
+            digest = self.manifest.get("files", {}).get(name)
+            if digest is not None and hash_file(self.directory / name) != digest:
+                raise ValueError("not the file that was made")
+            self._opened.add(name)
+
+    def _damaged(self, name: str, why: str) -> UserError:
+        return UserError(
+            f"{self.directory / name} is damaged ({why}): delete {self.directory.parent} and run "
+            "`python train.py phase=data` again"
+        )
 
     def source_record(self, split: str, domain: str, doc_index: int) -> int:
         """Line (from 0) of the corpus file `<split>/<domain>.jsonl` that holds document `doc_index`."""
@@ -148,16 +186,54 @@ def build_shards(
             "dtype": dtype.name,
             "domains": list(corpus.domains),
             "splits": {split: {} for split in SPLITS},
+            "files": {},
         }
         with atomic_dir(out_dir) as temporary, Workers(processes) as workers:
             for (split, domain), encoded in _streams(corpus, tokenizer, dtype, workers):
                 (temporary / split).mkdir(exist_ok=True)
                 counts = _write_stream(temporary / split / domain, encoded, progress)
                 manifest["splits"][split][domain] = counts
+                for kind in ("tokens.bin", "docs.npy"):
+                    name = f"{split}/{domain}.{kind}"
+                    manifest["files"][name] = hash_file(temporary / name)
             write_json(temporary / "manifest.json", manifest)
     shards = Shards(out_dir)
     shards.check_tokenizer(tokenizer.hash)
     return shards
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ValueError, LookupError, TypeError or AttributeError for what cannot be a manifest of ours."""
+    numbers = (manifest["vocab_size"], manifest["pad_id"])
+    for domains in manifest["splits"].values():
+        for counts in domains.values():
+            numbers += tuple(counts[unit] for unit in ("documents", "tokens", "bytes"))
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        raise ValueError("a count is not a number from 0 up")
+    vocab_size, pad_id = numbers[:2]
+    if manifest["dtype"] not in ("uint16", "uint32") or not pad_id < vocab_size <= 1 << 32:
+        raise ValueError("dtype, vocab_size and pad_id contradict each other")
+    if not isinstance(manifest["tokenizer_hash"], str) or not isinstance(manifest.get("files", {}), dict):
+        raise ValueError("tokenizer_hash or files is not what it should be")
+    domains = manifest["domains"]
+    if not isinstance(domains, list) or not all(plain_name(name) for name in (*domains, *manifest["splits"])):
+        raise ValueError("a split or domain has a name that is none")
+    if any(set(names) != set(domains) for names in manifest["splits"].values()):
+        raise ValueError("splits have other domains than are listed")
+
+
+def _check_documents(docs: Documents, tokens: int) -> None:
+    """Raise ValueError unless the documents lie one after the other in a stream of so many tokens."""
+    if (docs.length < 1).any() or (docs.length > tokens).any():
+        raise ValueError("a document has a length that none can have")
+    ends = np.cumsum(docs.length)
+    if (docs.start != ends - docs.length).any() or (int(ends[-1]) if len(ends) else 0) != tokens:
+        raise ValueError("its documents do not follow each other")
+
+
+def _largest(stream: np.ndarray, block: int = 1 << 20) -> int:
+    """The largest of the numbers in a stream, read in blocks."""
+    return max(int(stream[start : start + block].max()) for start in range(0, len(stream), block))
 
 
 @dataclass(frozen=True, slots=True)

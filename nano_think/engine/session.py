@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 
 from nano_think.artifacts.checkpoint import Checkpoint
-from nano_think.artifacts.memory import SPLIT, Memory, load_memory, save_memory, write
+from nano_think.artifacts.memory import SPLIT, Memory, load_memory, memory_of, save_memory, write
 from nano_think.engine.generate import Generation, generate
 from nano_think.engine.quantized import generate_quantized
 from nano_think.engine.render import TokenPrinter, token_records
@@ -61,7 +61,7 @@ class Session:
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, folder: Path, reset: bool = False) -> None:
-        base = load_memory(checkpoint.path / "memory")
+        base = memory_of(checkpoint)
         if base is None:
             raise UserError(
                 f"{checkpoint.path} has no memory to keep a session in: use a model of stage 7d "
@@ -135,7 +135,7 @@ def continue_text(
         eos_id=tokenizer.eos_id,
         banned_ids=(tokenizer.bos_id, tokenizer.pad_id),
         context=context,
-        memory=_reader(session.memory if session else load_memory(checkpoint.path / "memory"), session),
+        memory=_reader(session.memory if session else memory_of(checkpoint), session),
         options=options,
         on_token=(lambda row, token, weights: printer.token(token, weights)) if printer else None,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, require_same_tokenizer
-from nano_think.artifacts.memory import Memory, load_memory, mark_of
+from nano_think.artifacts.memory import Memory, mark_of, memory_of
 from nano_think.artifacts.recipe import COMPLETE_MARK
 from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
@@ -62,7 +62,7 @@ class Evaluation:
         self.report = Report(f"Evaluation of {self.checkpoint.name} on {self.settings['split']}{kept}")
         self.figures = run.dir / "figures"
         self.figures.mkdir(parents=True, exist_ok=True)
-        self.memory: Memory | None = load_memory(self.checkpoint.path / "memory")
+        self.memory: Memory | None = memory_of(self.checkpoint)
         self.lineage = dict(_walk(self.checkpoint.provenance))
         self.alone = self._load_experts()
         self.pool = self.load("mla_7a") if self.fused else None

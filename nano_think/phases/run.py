@@ -31,14 +31,17 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from nano_think import __version__
+from nano_think.artifacts import provenance
 from nano_think.artifacts.recipe import COMPLETE_MARK, Recipe
 from nano_think.config import validate
 from nano_think.errors import UserError
-from nano_think.files import atomic_dir, atomic_write, write_json
+from nano_think.files import atomic_dir, atomic_write, hash_json, write_json
 
 # What only the phase named on the command line receives; everything else reaches prerequisites too.
 OWN_KEYS = {"phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run"}
 OWN_KEYS |= {"prompt", "prompt_file", "generate", "eval", "memory", "quantize", "study", "hydra"}
+# Bytes of a file that is compared with its hash whenever it may be read, not when it is.
+LARGE = 1 << 20
 # Phases whose configuration has the numbers of the fused model.
 WITH_MLA = {"mla", "finetune", "eval", "audit", "generate", "pipeline", "study"}
 
@@ -150,6 +153,7 @@ class Run:
         path = recipe.path(self.artifacts)
         if recipe.exists(self.artifacts):
             if recipe.hash not in self.used:
+                self._check_unchanged(maker)
                 self.say(f"[dim]reused {maker.kind} {recipe.hash}[/dim]")
             self.used[recipe.hash] = maker.kind
             return path
@@ -162,12 +166,33 @@ class Run:
         with atomic_dir(path) as temporary:
             result = maker.build(temporary)
             seconds = round(time.perf_counter() - started, 1)
-            provenance = {**recipe.lineage(), "made_by": versions(), "seconds": seconds, "result": result}
-            write_json(temporary / COMPLETE_MARK, provenance)
+            made = {
+                **recipe.lineage(self.artifacts),
+                "made_by": versions(),
+                "seconds": seconds,
+                "result": result,
+            }
+            files = provenance.fingerprints(temporary)
+            write_json(temporary / COMPLETE_MARK, {**made, "content": hash_json(files), "files": files})
         shutil.rmtree(self.work_dir(maker), ignore_errors=True)
         self.say(f"built {maker.kind} {recipe.hash} in {seconds} s")
         self.used[recipe.hash] = maker.kind
         return path
+
+    def _check_unchanged(self, maker: Maker) -> None:
+        """Raise UserError where an artefact, or what it was made from, is not what it was when it was made.
+
+        Large files are compared by whoever reads them.
+        """
+        path = maker.recipe.path(self.artifacts)
+        made = provenance.read(path)
+        if made.get("hash", maker.recipe.hash) != maker.recipe.hash:
+            raise UserError(
+                f"{path} holds {made['kind']} {made['hash']}, which belongs elsewhere: delete the folder, and "
+                f"`{maker.command}` makes the right one"
+            )
+        provenance.verify(path, made, largest=LARGE)
+        provenance.verify_needs(self.artifacts, made)
 
     def work_dir(self, maker: Maker) -> Path:
         """Where a build keeps what a restart continues from; gone once the artefact is complete."""
@@ -176,7 +201,7 @@ class Run:
     @staticmethod
     def provenance_of(artifact: Path) -> dict[str, Any]:
         """What an artefact was made from and by, how long that took, and its result."""
-        return json.loads((artifact / COMPLETE_MARK).read_text())
+        return provenance.read(artifact)
 
     @classmethod
     def result_of(cls, artifact: Path) -> dict[str, Any]:

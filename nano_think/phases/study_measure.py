@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint
-from nano_think.artifacts.memory import load_memory
+from nano_think.artifacts.memory import memory_of
 from nano_think.artifacts.recipe import COMPLETE_MARK
 from nano_think.data.module import TokenDataModule
 from nano_think.data.seen import Stream
@@ -82,9 +82,7 @@ class Measured:
         self.plan, self.run = plan, plan.run
         self.checkpoints = {name: self._load(maker) for name, maker in plan.trained.items()}
         self.data: TokenDataModule = data_module(self.run, plan.shards, BATCH_ROWS, "expert_train")
-        self.memory = (
-            load_memory(self.checkpoints["fused_7d"].path / "memory") if "7d" in plan.stages else None
-        )
+        self.memory = memory_of(self.checkpoints["fused_7d"]) if "7d" in plan.stages else None
 
     def _load(self, maker: Maker) -> Checkpoint:
         return load_checkpoint(maker.recipe.path(self.run.artifacts), maker.command)

@@ -21,6 +21,7 @@ from nano_think.callbacks.reconstructions import Reconstructions
 from nano_think.callbacks.selection import ValidationSelection
 from nano_think.callbacks.step_seed import StepSeed
 from nano_think.data.module import TokenDataModule
+from nano_think.errors import UserError
 from nano_think.ops.products import float32_matmul, fp32_stays
 from nano_think.optim.schedule import capped_warmup
 from nano_think.phases import arithmetic, memory
@@ -30,6 +31,7 @@ from nano_think.phases.cost import Cost, cost_of, gemm_peak, within_budget
 from nano_think.phases.fit import Fit
 from nano_think.phases.probe import PROBE_TOKENS, Probe
 from nano_think.phases.scan_backend import choose_scan, chosen_scan
+from nano_think.phases.states import TakenUp, cannot_go_on, check_state
 from nano_think.tasks.base import FitTask
 
 # A validation an epoch, in short runs about ten in all, but not more often than every 100 steps.
@@ -70,9 +72,12 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
     how = choices["arithmetic"]
     peak = gemm_peak(_device(fit), how["precision"], how["float32_matmul"])
     fit.run.record_fit(fit.label, peak_flops=peak, flops_per_token=cost.per_token)
-    callbacks = [selection, *_callbacks(fit, task, work, cost, peak)]
+    taken_up = TakenUp()
+    callbacks = [selection, taken_up, *_callbacks(fit, task, work, cost, peak)]
     trainer = _trainer(fit, callbacks, max_steps, interval, per_epoch, how["precision"])
     newest = _newest(work) if fit.run.cfg.resume == "auto" else None
+    if newest is not None:
+        check_state(newest, task)
     scan = chosen_scan(task, choices.get("scan"), _device(fit), fit.run.cfg.precision, fit.run.say)
     with warnings.catch_warnings(), float32_matmul(how["float32_matmul"]), scan:
         for message in EXPECTED_WARNINGS:
@@ -92,6 +97,10 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
             # Lightning's answer to Ctrl+C: it exits the process and leaves it deaf to another one
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from error
+        except Exception as error:
+            if newest is None or taken_up.begun or isinstance(error, UserError):
+                raise
+            raise cannot_go_on(newest, error) from error
     result = {**_result(fit, trainer, selection, per_epoch, cost), "choices": choices}
     fit.run.record_fit(fit.label, peak_memory_gb=result["peak_memory_gb"])
     fit.run.say(f"[dim]{fit.label}: {result['peak_memory_gb']:.2f} GB at the peak[/dim]")

@@ -44,6 +44,23 @@ ATTENTION = "nano_think.nn.mixers.attention.CausalSelfAttention"
         "torch.nn.init.normal_",
         "torch.nn.utils.clip_grad_norm_",
         "torch.hub.load",
+        # of torch.nn, layers alone: nothing that starts processes, rewrites classes or needs another import
+        "torch.nn.parallel.DistributedDataParallel",
+        "torch.nn.utils.parametrize.ParametrizationList",
+        "torch.nn.quantized.Linear",
+        "torch.nn.attention.flex_attention.BlockMask",
+        # what is no dotted name at all
+        "nano_think.experts..transformer",
+        "nano_think.experts.transformer.TransformerExpert.forward",
+        "nano_think.experts.transformer.TransformerExpert.__init__",
+        "nano_think.experts.transformer.TransformerExpert\n",
+        "nano_think.experts.transformer\x00.TransformerExpert",
+        "nano_think.nn.leaks.leaks",
+        "nano_think.\u0435xperts.transformer.TransformerExpert",
+        None,
+        7,
+        ["torch.nn.Linear"],
+        {"_target_": "torch.nn.Linear"},
         "nano_think",
         "torch.nn",
         "",
@@ -55,9 +72,53 @@ def test_what_is_no_network_class_of_ours_or_of_torch_is_refused(path):
 
 
 def test_unknown_names_are_refused_as_such():
-    for path in ("nano_think.experts.transformer.Missing", "nano_think.missing.Transformer"):
+    for path in ("nano_think.experts.transformer.Missing", "nano_think.experts.missing.Transformer"):
         with pytest.raises(ValueError, match="there is no"):
             locate(path)
+
+
+def test_what_is_refused_is_not_even_imported(monkeypatch):
+    """A module runs when it is imported: the name alone decides."""
+    imported = []
+    monkeypatch.setattr("nano_think.artifacts.build.importlib.import_module", imported.append)
+    for path in (
+        "nano_think.phases.run.Run",
+        "torch.nn.parallel.DataParallel",
+        "os.path.join",
+        "nano_think.a.B",
+    ):
+        with pytest.raises(ValueError, match="outside"):
+            locate(path)
+    assert imported == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"_args_": [1]},
+        {"_weight": None},
+        {"_partial_": "yes"},
+        {"__class__": "os.system"},
+        {"mixer": {"_partial_": True, "num_heads": 2}},
+        {7: 1},
+    ],
+)
+def test_marks_without_a_meaning_and_private_arguments_are_refused(more):
+    with pytest.raises(ValueError, match="has no meaning in a spec"):
+        build({"_target_": TRANSFORMER, "d_model": 8, **more})
+
+
+def test_nothing_but_network_classes_is_called_at_any_depth(tmp_path):
+    file = tmp_path / "planted"
+    planted = {"_target_": "nano_think.files.atomic_write", "path": str(file), "data": "x"}
+    for spec in (
+        {"_target_": TRANSFORMER, "mixer": planted},
+        {"_target_": TRANSFORMER, "mixer": {**planted, "_partial_": True}},
+        {"a": [{"b": planted}]},
+    ):
+        with pytest.raises(ValueError, match="outside"):
+            build(spec)
+    assert not file.exists()
 
 
 def test_network_classes_are_found():

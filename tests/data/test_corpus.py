@@ -6,6 +6,7 @@ import pytest
 
 from nano_think.data.corpus import Corpus, Record
 from nano_think.data.split import SPLITS
+from nano_think.errors import UserError
 
 
 def write_corpus(root):
@@ -40,5 +41,5 @@ def test_unknown_names_are_refused_before_reading(tmp_path, split, domain):
 
 
 def test_a_folder_without_manifest_is_no_corpus(tmp_path):
-    with pytest.raises(FileNotFoundError, match="phase=data"):
+    with pytest.raises(UserError, match="phase=data"):
         Corpus(tmp_path)

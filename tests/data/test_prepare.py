@@ -342,6 +342,10 @@ def test_the_audit_sees_leaks_that_someone_put_into_the_files(tmp_path):
     }
     with open(corpus.path / "test" / "general.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=r"general\.jsonl is damaged \(not the file that was made\)"):
+        leakage_report(Corpus(corpus.path), [])
+    manifest = {name: value for name, value in corpus.manifest.items() if name != "files"}
+    (corpus.path / "manifest.json").write_text(json.dumps(manifest))
     report = leakage_report(Corpus(corpus.path), [])
     assert report["exact_overlap"] == 1
     assert report["clusters_in_two_splits"] == 1

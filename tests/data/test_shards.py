@@ -95,7 +95,7 @@ def test_a_failure_leaves_nothing_behind(
     corpus = write_corpus(TEXTS)
     with open(corpus.path / "test" / "prose.jsonl", "a") as file:
         file.write("{broken")
-    with pytest.raises(ValueError, match="Expecting property name"):
+    with pytest.raises(UserError, match=r"prose\.jsonl is damaged \(at byte \d+: Expecting property name"):
         build_shards(corpus, byte_tokenizer, tmp_path / "out", processes)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 

@@ -124,7 +124,7 @@ class TestContinueText:
     def test_memory_of_the_model_is_read(self, checkpoint, monkeypatch):
         prompt = "a chunk and more"
         with_memory = continue_text(checkpoint, prompt, 4, GREEDY)
-        monkeypatch.setattr("nano_think.engine.session.load_memory", lambda path: None)
+        monkeypatch.setattr("nano_think.engine.session.memory_of", lambda checkpoint: None)
         without = continue_text(checkpoint, prompt, 4, GREEDY)
         assert with_memory.tokens[0]["logprob"] != without.tokens[0]["logprob"]
 

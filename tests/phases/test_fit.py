@@ -110,6 +110,31 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(stage, built, interrupt, 
     _equal(_weights(resumed), _weights(path))
 
 
+def test_a_state_that_is_damaged_or_of_another_fit_is_refused_and_its_deletion_helps(
+    project, interrupt, printed
+):
+    settings = ("phase=expert", "expert=transformer", "trainer.max_steps=4")
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        project.phase(*settings)
+    interrupt(None)
+    [newest] = (project.root / "artifacts" / ".work").glob("transformer-*/newest.ckpt")
+    data = newest.read_bytes()
+    other = torch.load(newest, weights_only=True)
+    other["loops"]["fit_loop"]["epoch_progress"] = {"total": "of another version"}
+    for content in (data[:-9], b"hello", other):
+        if content is other:
+            torch.save(other, newest)
+        else:
+            newest.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{newest} is no state .* the same command begins the fit anew"):
+            project.new(*settings).obtain(expert_maker(project.new(*settings), "transformer"), named=True)
+    newest.unlink()
+    run = project.new(*settings)
+    assert run.obtain(expert_maker(run, "transformer"), named=True)
+    assert "resuming" not in printed(run)
+
+
 def test_a_resumed_fit_keeps_what_was_chosen_for_it(project, interrupt, monkeypatch):
     """Chosen at the first start, in the manifest of both runs and in the provenance; the artefact is the same."""
     settings = ("phase=expert", "expert=transformer", "trainer.max_steps=4")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from nano_think.phases import run as module
 from nano_think.phases.data import shards_maker, tokenizer_maker
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.mla import mla_maker, stages_of
-from nano_think.phases.run import Run, versions
+from nano_think.phases.run import Maker, Run, versions
 
 ROOT = Path(module.__file__).resolve().parents[2]
 EXPERTS = ("transformer", "diffuser", "state_space")
@@ -357,3 +358,44 @@ def test_two_processes_may_build_the_same_artefact_at_once(project):
     left = [p for p in (project.root / "artifacts").rglob(".*") if p.name != ".work"]
     assert left == []
     assert list((project.root / "artifacts" / ".work").iterdir()) == []
+
+
+def test_an_artefact_that_was_exchanged_is_not_reused(project):
+    """Neither another one, nor one with another file, nor one made from what is no longer there."""
+    run = project.new("phase=data")
+
+    def maker(kind, text, needs=None):
+        def build(path):
+            (path / "text").write_text(text)
+            return {}
+
+        return Maker(kind, {}, build, needs or {}, "make it")
+
+    first = maker("first", "1")
+    second = maker("second", "2", {"first": first})
+    path = run.obtain(second)
+    content = json.loads((path / "provenance.json").read_text())["needs"]["first"]["content"]
+    assert (
+        content == json.loads((first.recipe.path(run.artifacts) / "provenance.json").read_text())["content"]
+    )
+    project.new("phase=data").obtain(second)
+
+    (path / "text").write_text("3")
+    with pytest.raises(UserError, match=r"text is not the file that .* was made with"):
+        project.new("phase=data").obtain(second)
+    (path / "text").write_text("2")
+
+    shutil.rmtree(first.recipe.path(run.artifacts))
+    project.new("phase=data").obtain(second)
+    project.new("phase=data").obtain(maker("first", "other"))
+    with pytest.raises(UserError, match=r"first .* is no longer what second .* was made from"):
+        project.new("phase=data").obtain(second)
+
+    shutil.rmtree(path)
+    shutil.copytree(first.recipe.path(run.artifacts), path)
+    with pytest.raises(
+        UserError, match=r"holds first .*, which belongs elsewhere.*`make it` makes the right one"
+    ):
+        project.new("phase=data").obtain(second)
+    shutil.rmtree(path)
+    project.new("phase=data").obtain(second)
