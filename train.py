@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from nano_think.config import checked_overrides, register_schema
 from nano_think.errors import UserError
+from nano_think.phases import sweep
 from nano_think.phases.run import run_phase
 
 ROOT = Path(__file__).resolve().parent
@@ -19,7 +22,8 @@ ROOT = Path(__file__).resolve().parent
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def _job(cfg: DictConfig) -> float | None:
     try:
-        return run_phase(cfg)
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        return sweep.run_job(cfg) if sweeping else run_phase(cfg)
     except UserError as error:
         sys.exit(f"error: {error}")
     except InstantiationException as error:
@@ -38,7 +42,12 @@ def main() -> None:
         sys.exit(f"error: {error}")
     register_schema()
     sys.argv = [sys.argv[0], "--config-dir", str(ROOT), *arguments]
-    _job()
+    try:
+        _job()
+    finally:
+        failed = sweep.close()
+    if failed:
+        sys.exit(f"error: {failed}")
 
 
 if __name__ == "__main__":

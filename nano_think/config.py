@@ -44,11 +44,14 @@ FLAGS_OF_HYDRA = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "
 
 @dataclass
 class RunFolders:
-    """Where a run writes. `root` holds runs, artefacts and published checkpoints."""
+    """Where a run writes. `root` holds runs, artefacts and published checkpoints.
+
+    sweep_dir: of a sweep; None: `<root>/sweeps/<phase>/<hash>`, by the command, so that the same one goes on.
+    """
 
     root: str = "outputs"
     dir: str = "${run.root}/runs/${phase.name}/${now:%Y-%m-%d_%H-%M-%S}"
-    sweep_dir: str = "${run.root}/sweeps/${phase.name}/${now:%Y-%m-%d_%H-%M-%S}"
+    sweep_dir: str | None = None
 
 
 @dataclass

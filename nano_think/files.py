@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,47 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
+    """Hold the lock `path`, which one process has at a time; the system releases it however the process ends.
+
+    waiting: called once where another process holds it; what it raises ends the wait. The file is gone afterwards.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = _locked_handle(path, waiting)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing would leave it to children that were forked meanwhile
+        os.close(handle)
+
+
+def _locked_handle(path: Path, waiting: Callable[[], object] | None) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _flock(handle, waiting)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # whoever held it has removed the file: the lock of that name is another one now
+        waiting = None
+
+
+def _flock(handle: int, waiting: Callable[[], object] | None) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waiting is not None:
+            waiting()
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def hash_bytes(*parts: bytes) -> str:

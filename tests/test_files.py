@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,37 @@ def test_hashes_see_borders_and_content_but_not_key_order(tmp_path) -> None:
     assert files.hash_file(big) != files.hash_file(changed)
     assert files.hash_file(big) == files.hash_file(str(big))
     assert len(files.hash_file(big)) == len(files.hash_bytes(b"x")) == 32
+
+
+def test_one_has_a_lock_at_a_time_and_the_file_is_gone_afterwards(tmp_path) -> None:
+    """Handles of one process exclude each other as those of several do; no waiter takes a removed file's lock."""
+    path, inside, most, waited = tmp_path / "locks" / "x.lock", [], [], []
+
+    def work(number: int) -> None:
+        for _ in range(25):
+            with files.locked(path, lambda: waited.append(number)):
+                inside.append(number)
+                most.append(len(inside))
+                time.sleep(0.0002)
+                inside.remove(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 100
+    assert waited
+    assert names(path.parent) == []
+
+
+def test_a_lock_can_be_given_up_at_once_and_ends_with_its_process(tmp_path) -> None:
+    path = tmp_path / "x.lock"
+    code = "import sys, os, signal; from nano_think.files import locked\n"
+    code += "with locked(sys.argv[1]):\n    os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
+    assert path.exists()
+    gone = pytest.raises(OSError, match="disk gone")
+    with files.locked(path, refuse), gone, files.locked(path, refuse):
+        pytest.fail("two have the lock")
+    assert names(tmp_path) == []

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import import_module, metadata
@@ -35,7 +36,7 @@ from nano_think.artifacts import provenance
 from nano_think.artifacts.recipe import COMPLETE_MARK, Recipe
 from nano_think.config import validate
 from nano_think.errors import UserError
-from nano_think.files import atomic_dir, atomic_write, hash_json, write_json
+from nano_think.files import atomic_dir, atomic_write, hash_json, locked, write_json
 
 # What only the phase named on the command line receives; everything else reaches prerequisites too.
 OWN_KEYS = {"phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run"}
@@ -129,7 +130,7 @@ class Run:
         kept = self._handed_on(phase)
         if phase == self.cfg.phase.name:
             kept = [o for o in self.overrides if _group(o) in OWN_KEYS - {"run", "hydra"}] + kept
-        kept = [o for o in kept if _name(o) not in {*choices, "phase", "expert", "prerequisites"}]
+        kept = [o for o in kept if override_name(o) not in {*choices, "phase", "expert", "prerequisites"}]
         kept = [o for o in kept if not _of_other_expert(o, expert)]
         if str(self.root) != "outputs":
             kept.append(f"run.root={_literal(str(self.root))}")
@@ -140,7 +141,8 @@ class Run:
         return [
             o
             for o in self.overrides
-            if _group(o) not in OWN_KEYS and (phase in WITH_MLA or not _name(o).startswith("training.mla."))
+            if _group(o) not in OWN_KEYS
+            and (phase in WITH_MLA or not override_name(o).startswith("training.mla."))
         ]
 
     def obtain(self, maker: Maker, named: bool = False) -> Path:
@@ -161,6 +163,27 @@ class Run:
             raise UserError(f"{maker.kind} {recipe.hash} is missing: make it with `{maker.command}`")
         for need in maker.needs.values():
             self.obtain(need)
+        with self._alone_with(maker):
+            if recipe.exists(self.artifacts):
+                return self.obtain(maker)
+            self._build(maker, path)
+        self.used[recipe.hash] = maker.kind
+        return path
+
+    def _alone_with(self, maker: Maker) -> AbstractContextManager[None]:
+        """Held while an artefact is built: two jobs of a sweep that need the same one must not both make it.
+
+        The processes of one fit build together; for them its first one holds the lock.
+        """
+        if any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+            return nullcontext()
+        name = f"{maker.kind} {maker.recipe.hash}"
+        lock = self.artifacts / f".{name.replace(' ', '-')}.lock"
+        return locked(lock, lambda: self.say(f"waiting for another process that builds {name}"))
+
+    def _build(self, maker: Maker, path: Path) -> None:
+        """Let an artefact appear at `path`, with its provenance."""
+        recipe = maker.recipe
         self.say(f"[bold]building {maker.kind} {recipe.hash}[/bold]")
         started = time.perf_counter()
         with atomic_dir(path) as temporary:
@@ -176,8 +199,6 @@ class Run:
             write_json(temporary / COMPLETE_MARK, {**made, "content": hash_json(files), "files": files})
         shutil.rmtree(self.work_dir(maker), ignore_errors=True)
         self.say(f"built {maker.kind} {recipe.hash} in {seconds} s")
-        self.used[recipe.hash] = maker.kind
-        return path
 
     def _check_unchanged(self, maker: Maker) -> None:
         """Raise UserError where an artefact, or what it was made from, is not what it was when it was made.
@@ -299,19 +320,19 @@ def processor() -> str:
     return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
-def _name(override: str) -> str:
+def override_name(override: str) -> str:
     """The key of an override, without Hydra's marks."""
     return override.lstrip("+~").split("=")[0]
 
 
 def _group(override: str) -> str:
     """The first part of the key of an override."""
-    return _name(override).split(".")[0]
+    return override_name(override).split(".")[0]
 
 
 def _last_of_each(overrides: Iterable[str]) -> list[str]:
     """Of several overrides of one key the last: Hydra takes a group only once."""
-    return list({_name(override): override for override in overrides}.values())
+    return list({override_name(override): override for override in overrides}.values())
 
 
 def _of_other_expert(override: str, expert: str | None) -> bool:
@@ -319,7 +340,7 @@ def _of_other_expert(override: str, expert: str | None) -> bool:
 
     Each expert's settings come with the Transformer's, which it may need as teacher or for its table.
     """
-    group, _, rest = _name(override).partition(".")
+    group, _, rest = override_name(override).partition(".")
     single = expert not in (None, "all")
     known = (expert, "transformer", "mla")
     return single and group in ("experts", "training", "per_size") and rest.split(".")[0] not in known

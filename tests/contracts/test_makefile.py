@@ -88,7 +88,7 @@ def test_phases_six_and_eight_are_several_commands(installed: str) -> None:
 def test_a_fresh_clone_installs_first(tmp_path: Path, target: str) -> None:
     lines = make("-n", target, f"VENV={tmp_path / 'none'}").splitlines()
     torch = next(i for i, line in enumerate(lines) if "install" in line and line.endswith("torch"))
-    rest = next(i for i, line in enumerate(lines) if "install" in line and "[dev]" in line)
+    rest = next(i for i, line in enumerate(lines) if "install" in line and "[dev,sweep]" in line)
     assert "-m venv" in lines[torch - 1]
     assert torch < rest < len(lines) - 1
     assert all("-c constraints.txt" in lines[i] for i in (torch, rest))
