@@ -30,6 +30,8 @@ CHOICES = {
     "gates": ("warn", "stop"),
     "audit": ("require", "mark"),
     "quantize": ("none", "int8", "bf16"),
+    "guards.disk": ("refuse", "warn", "off"),
+    "guards.memory": ("refuse", "warn", "off"),
 }
 # Phases that run a finished model; training knows no coarse weights.
 QUANTIZING = ("eval", "generate")
@@ -60,6 +62,14 @@ class Memory:
 
     session: str | None = None
     reset: bool = False
+
+
+@dataclass
+class Guards:
+    """What happens to a run that the disk or the memory is too small for: refuse, warn or off."""
+
+    disk: str = "refuse"
+    memory: str = "refuse"
 
 
 @dataclass
@@ -98,6 +108,7 @@ class RunConfig:
     prompt: str | None = None
     prompt_file: str | None = None
     memory: Memory = field(default_factory=Memory)
+    guards: Guards = field(default_factory=Guards)
     run: RunFolders = field(default_factory=RunFolders)
 
 
@@ -109,9 +120,10 @@ def register_schema() -> None:
 def validate(cfg: DictConfig) -> None:
     """Raise UserError for a value that no phase could use."""
     for key, choices in CHOICES.items():
-        if cfg[key] not in choices:
+        value = OmegaConf.select(cfg, key)
+        if value not in choices:
             raise UserError(
-                f"{key}={cfg[key]} is not one of {', '.join(choices)}{_nearest(str(cfg[key]), choices)}"
+                f"{key}={value} is not one of {', '.join(choices)}{_nearest(str(value), choices)}"
             )
     if cfg.quantize != "none" and cfg.phase.name not in QUANTIZING:
         raise UserError(

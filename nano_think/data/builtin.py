@@ -52,6 +52,11 @@ class BuiltinSource:
         self.megabytes = megabytes
         self.seed = seed
 
+    @property
+    def text_bytes(self) -> int:
+        """Of all text together."""
+        return int(self.megabytes * 1e6)
+
     def __iter__(self) -> Iterator[Document]:
         budget = int(self.megabytes * 1e6 / (len(LIBRARY) + len(GRAMMARS)))
         chosen = [self._select(domain, budget) for domain in LIBRARY]

@@ -159,13 +159,14 @@ class DiffuserExpert(nn.Module):
         """Follow the variance that the context leaves in x0, per feature: a training step calls this.
 
         It is the squared error of estimates x0_hat (B, L, d_model) made from pure noise, so only positions
-        count where tau (B, L) is the last level and `valid` (B, L) holds. A running mean over 50 steps. Does
-        nothing unless param=posterior.
+        count where tau (B, L) is the last level and `valid` (B, L) holds. A running mean over 50 steps, which
+        leaves out what is not finite: it would never be so again. Does nothing unless param=posterior.
         """
         pure = valid & (tau == self.schedule.train_T)
         if self.param == "posterior" and bool(pure.any()):
             error = (x0_hat - x0)[pure].float().square().mean(0)
-            self.variance.lerp_(error.to(self.variance), 0.02)
+            error = error.to(self.variance)
+            self.variance.lerp_(torch.where(error.isfinite(), error, self.variance), 0.02)
 
     def standardise(self, hidden: Tensor) -> Tensor:
         """Target vectors (..., d_model) to latents x0 of zero mean and unit variance."""

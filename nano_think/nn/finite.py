@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,24 +15,28 @@ from torch.utils._pytree import tree_leaves
 def first_nonfinite(network: nn.Module, loss: Callable[[], Tensor]) -> str | None:
     """What of `network` is the first to be NaN or infinite when `loss()` and its gradient are computed.
 
-    Looked at in this order: parameters and buffers, outputs of modules as they are made (a part before the whole
-    that it belongs to), the loss, and gradients as they flow back. Returns it in words with the module's dotted
-    name; None where all is finite. No gradient is left behind.
+    Looked at in this order: parameters, outputs of modules as they are made (a part before the whole that it
+    belongs to), buffers where only the loss shows them, the loss, and gradients as they flow back. Returns it in
+    words with the module's dotted name; None where all is finite. No gradient is left behind.
     """
-    for kind, tensors in (("parameter", network.named_parameters()), ("buffer", network.named_buffers())):
-        for name, tensor in tensors:
-            if not _finite(tensor):
-                return f"the {kind} {name}"
+    if bad := _not_finite(network.named_parameters()):
+        return f"the parameter {bad[0]}"
     with _watched(network) as seen, torch.enable_grad():
         value = loss()
         if seen.output is not None:
             return f"the output of {seen.output}"
         if not _finite(value):
-            return "the loss, made of finite outputs"
+            bad = _not_finite(network.named_buffers())
+            return f"the buffer {bad[0]}" if bad else "the loss, made of finite outputs"
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    bad = [name for name, g in zip(parameters, gradients, strict=True) if g is not None and not _finite(g)]
-    return seen.first_gradient(bad)
+    return seen.first_gradient(
+        _not_finite((n, g) for n, g in zip(parameters, gradients, strict=True) if g is not None)
+    )
+
+
+def _not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    return [name for name, tensor in named if not _finite(tensor)]
 
 
 @dataclass(frozen=True)

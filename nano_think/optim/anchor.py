@@ -13,7 +13,8 @@ class AnchoredDecay:
     """p <- p - lr * coefficient * (p - reference) after every optimizer step.
 
     L2-SP (Li et al., arXiv 1802.01483) in the decoupled form of AdamW: the pull does not pass through
-    the gradient's moments. The parameter should have no other weight decay.
+    the gradient's moments. The parameter should have no other weight decay. A step without gradients, one that was
+    skipped, does not pull.
     """
 
     def __init__(self, parameter: Tensor, reference: Tensor, coefficient: float) -> None:
@@ -41,6 +42,8 @@ class AnchoredDecay:
 
     @torch.no_grad()
     def _pull(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.parameter.grad is None:
+            return
         self.reference = self.reference.to(self.parameter.device)
         rate = float(self._group(optimizer)["lr"]) * self.coefficient
         self.parameter.sub_(self.parameter - self.reference, alpha=rate)

@@ -16,6 +16,7 @@ from nano_think.data.shards import Shards, build_shards
 from nano_think.errors import UserError
 from nano_think.files import write_json
 from nano_think.phases.run import Maker, Run
+from nano_think.phases.space import check_text
 from nano_think.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def corpus_maker(run: Run) -> Maker:
     spec = {"source": source.fingerprint(), "describe": source.describe()["name"]}
 
     def build(path: Path) -> dict[str, Any]:
+        check_text(run, source, path)
         with _progress(run) as progress:
             task = progress.add_task("reading documents", total=None)
             corpus = prepare_corpus(

@@ -66,9 +66,11 @@ class Fit:
         """The values that decide the outcome, for the recipe."""
         keys = ("lr", "weight_decay", "warmup_steps", "batch_size", "max_epochs", "max_steps", "patience")
         cfg, budget = self.run.cfg, self.training["max_flops"]
+        spikes = self.run.plain(cfg.callbacks).get("spikes") or {}
         return {
             **{key: self.training[key] for key in keys},
             **({} if budget is None else {"max_flops": budget}),
+            **({} if spikes.get("deviations") is None else {"spikes": spikes}),
             "accumulate": self.accumulate,
             "optimizer": self.optimizer,
             "schedule": self.run.plain(cfg.schedule),
@@ -79,6 +81,16 @@ class Fit:
             "seq_len": cfg.size.seq_len,
             "loader": loader_settings(self.run),
         }
+
+    @property
+    def command(self) -> str:
+        """The command line that carries out this fit, prerequisites aside."""
+        phase = self.run.cfg.phase.name
+        if phase == "expert":
+            return self.run.command(phase=phase, expert=self.label)
+        return self.run.command(
+            phase=phase, expert=self.run.cfg.expert.name, stage=self.label.removeprefix("mla_")
+        )
 
     def data(self) -> TokenDataModule:
         """The one data module of every phase, on the shards of this run."""

@@ -16,6 +16,9 @@ PROBE_TOKENS = 1024
 # Copies of the trained parameters: the gradient and AdamW's two moments. Muon has one for matrices.
 GRADIENTS, MOMENTS = 1, 2
 GB = 1e9
+# Estimates are off by a factor of at most 1.35 (tests/phases/test_memory.py): a fit that is estimated to need more
+# than so many times the memory there is will not fit, and is refused.
+CERTAIN = 1.5
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ def warning(expected: Estimate, available: float | None, setting: str, accumulat
         f"{said}: {setting}={fewer.rows} trainer.accumulate_grad_batches={parts * accumulate} takes the same "
         f"steps in {fewer.peak / GB:.1f} GB"
     )
+
+
+def certain(expected: Estimate, available: float | None) -> bool:
+    """Whether a fit that needs so much will not fit, whatever the estimate is off by."""
+    return available is not None and expected.peak > CERTAIN * (expected.process + available)
 
 
 def resident() -> float:

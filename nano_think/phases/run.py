@@ -85,6 +85,17 @@ class Run:
         """One line on the terminal."""
         self.console.print(message, highlight=False, soft_wrap=True)
 
+    def guard(self, name: str, found: str, certain: bool = True) -> None:
+        """What `guards.<name>` wants done about a run that cannot end well: refuse, warn, or nothing.
+
+        Raises UserError where it is certain and `refuse` is set.
+        """
+        choice = self.cfg.guards[name]
+        if choice == "refuse" and certain:
+            raise UserError(f"{found}; guards.{name}=warn tries it all the same")
+        if choice != "off":
+            self.say(f"[yellow]warning: {found}[/yellow]")
+
     def record(self, **values: Any) -> None:
         """Put values into the manifest of the run and write it: what is known survives whatever happens next."""
         self.manifest |= values

@@ -24,7 +24,7 @@ from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.ops.products import float32_matmul, fp32_stays
 from nano_think.optim.schedule import capped_warmup
-from nano_think.phases import arithmetic, memory
+from nano_think.phases import arithmetic, memory, space
 from nano_think.phases.choices import Choices
 from nano_think.phases.compiling import compiled
 from nano_think.phases.cost import Cost, cost_of, gemm_peak, within_budget
@@ -70,6 +70,7 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
     selection = ValidationSelection(patience, capped_warmup(fit.training["warmup_steps"], max_steps))
     choices = _prepare(fit, task, data, work)
     how = choices["arithmetic"]
+    space.check_fit(fit, task, work)
     peak = gemm_peak(_device(fit), how["precision"], how["float32_matmul"])
     fit.run.record_fit(fit.label, peak_flops=peak, flops_per_token=cost.per_token)
     taken_up = TakenUp()
@@ -129,8 +130,9 @@ def _prepare(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict
     fit.run.record_fit(fit.label, choices=choices.made, estimated_memory_gb=expected.in_gb())
     speed = "" if how["precision"] == asked else f", {how['precision']} as the faster"
     fit.run.say(f"[dim]{fit.label}: about {expected.peak / memory.GB:.2f} GB at the peak{speed}[/dim]")
-    if said := memory.warning(expected, memory.available(), f"{fit.key}.batch_size", fit.accumulate):
-        fit.run.say(f"[yellow]warning: {said}[/yellow]")
+    available = memory.available()
+    if said := memory.warning(expected, available, f"{fit.key}.batch_size", fit.accumulate):
+        fit.run.guard("memory", said, certain=memory.certain(expected, available))
     return {**choices.made, "arithmetic": how}
 
 
@@ -197,6 +199,7 @@ def _trainer(
 def configured_callbacks(fit: Fit, work: Path, cost: Cost, peak: float) -> list[L.Callback]:
     """The callbacks of conf/callbacks; arguments that stand there as ??? are supplied here."""
     supplied = {"dirpath": work, "tokenizer": fit.tokenizer()}
+    supplied |= {"folder": fit.run.dir, "label": fit.label, "command": fit.command, "say": fit.run.say}
     supplied |= {"flops_per_token": cost.model_per_token, "peak_flops": peak}
     nodes = fit.run.plain(fit.run.cfg.callbacks).values()
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -46,13 +47,25 @@ class FitTask(L.LightningModule):
         self.domains = list(domains)
         self.val_loss = DomainLoss(self.domains, byte_lengths)
         self._pending_labels: Tensor | float = 0.0
+        self._place: tuple[int, int] | None = None
 
     @property
     def place(self) -> tuple[int, int]:
         """Epoch and number of the training batch in the whole fit, for seeds; (0, 0) where no fit is going on."""
+        if self._place is not None:
+            return self._place
         if self._trainer is None:
             return 0, 0
         return self.trainer.current_epoch, self.trainer.fit_loop.total_batch_idx
+
+    @contextmanager
+    def at(self, place: tuple[int, int], batch_idx: int) -> Iterator[None]:
+        """A batch loss in here is that of a batch at another `place`, number `batch_idx` of its epoch."""
+        self._place = place
+        try:
+            yield
+        finally:
+            self._place = None
 
     def batch_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over valid labels by name; `loss` is the one that is minimised."""
@@ -93,12 +106,18 @@ class FitTask(L.LightningModule):
         Lightning refuses to clip for fused optimizers under mixed precision, because some of them undo a loss
         scale inside their step. bf16 needs no loss scale, and fp16, which does, is left to Lightning's refusal.
         """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = partial(_norm, parameters)
         if self.trainer.precision == "16-mixed" or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-            self.log("train/grad_norm", norm)
+            before = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            norm = partial(torch.clone, before)
+            self.log("train/grad_norm", before)
+        for callback in self.trainer.callbacks:
+            ask = getattr(callback, "on_clipped_gradients", None)
+            if ask is not None:
+                ask(self.trainer, self, optimizer, norm)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember the constant that `training_step` divides by."""
@@ -140,3 +159,8 @@ class FitTask(L.LightningModule):
     def layout(batch: Batch) -> Layout:
         """Document structure of a batch."""
         return Layout(batch["positions"], batch["segments"])
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """That of all gradients together."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -98,6 +99,14 @@ class DenoiseTask(FitTask):
         """As in the base class, with the batch number as the seed of the noise."""
         self._batch_idx = batch_idx
         return super().training_step(batch, batch_idx)
+
+    @contextmanager
+    def at(self, place: tuple[int, int], batch_idx: int) -> Iterator[None]:
+        """As in the base class."""
+        kept, self._batch_idx = self._batch_idx, batch_idx
+        with super().at(place, batch_idx):
+            yield
+        self._batch_idx = kept
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sampled read-out as a language model, and x0 error by noise level with noise fixed per batch."""

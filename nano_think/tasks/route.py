@@ -69,6 +69,8 @@ class RouteTask(FitTask):
         self.stage, self.anchor, self.slots = stage, anchor, slots
         self.entropy_token, self.entropy_mean = entropy_token, entropy_mean
         self.memory_dropout, self.seed, self.cache = memory_dropout, seed, cache
+        # (N,) of the last training batch, for those who watch
+        self.mean_weights: Tensor | None = None
         self.val_routing = RoutingStats(list(network.experts), self.domains)
         network.freeze_experts()
         set_trainable(network, stage, unfreeze)
@@ -82,6 +84,7 @@ class RouteTask(FitTask):
         valid = batch["labels"] != -100
         sums = {"cross_entropy": nll.sum(), "loss": nll.sum()}
         chosen = weights[valid]
+        self.mean_weights = chosen.detach().mean(0)
         if self.entropy_token:
             sums["entropy_token"] = entropy(chosen).sum()
             sums["loss"] = sums["loss"] + self.entropy_token * sums["entropy_token"]

@@ -90,3 +90,9 @@ def test_a_loss_that_overflows_by_itself() -> None:
         first_nonfinite(net, lambda: (net(torch.ones(2, 4)).sum() * 1e38) * 1e38)
         == "the loss, made of finite outputs"
     )
+
+
+def test_a_bad_buffer_is_named_where_no_module_shows_it() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    net.register_buffer("scale", torch.tensor(float("nan")))
+    assert first_nonfinite(net, lambda: net(torch.ones(2, 4)).sum() * net.scale) == "the buffer scale"
