@@ -63,6 +63,9 @@ def run(run: Run) -> dict[str, Any]:
 
 def show_trials(run: Run, trials: list[Trial]) -> None:
     """What each trial came to."""
-    rows = [[t.family, t.rate, t.dropout, t.tokens, t.val_loss, "chosen" if t.chosen else ""] for t in trials]
-    headers = ["family", "learning rate", "dropout", "tokens", "validation loss", ""]
+    rows = [
+        [t.family, t.rate, t.dropout, t.horizon, t.tokens, t.val_loss, "chosen" if t.chosen else ""]
+        for t in trials
+    ]
+    headers = ["family", "learning rate", "dropout", "of its budget", "tokens", "validation loss", ""]
     render_table(Table(headers, rows, title="Equal trials for all, on validation text"), run.console)

@@ -26,7 +26,8 @@ DESCRIPTIONS = {
     "fused_7d": "The same with a memory of the experts' text",
     "finetuned_transformer": "The Transformer expert with what 7c trains: table and latent attention",
     "equal_parameters": "One Transformer with as many parameters as the mixture",
-    "equal_training_flops": "The Transformer expert's network, trained for the FLOPs of the mixture up to 7c",
+    "equal_training_flops": "The Transformer expert's network, trained for the FLOPs of the mixture up to 7c, or "
+    "the share of them that is best on validation",
     "equal_inference_flops": "One Transformer with as many FLOPs a token as the mixture without memory",
     "seed_pool": "Mean probability of Transformers of different seeds, which read the experts' text alone",
     "oracle_token": "The best of the three experts at every token, which nobody can know",

@@ -37,7 +37,7 @@ class Family:
     def settings(self, chosen: Mapping[str, float]) -> dict[str, float]:
         """Overrides of what was chosen: `rate`, and `dropout` where there is an expert to have one."""
         keys = {"rate": self.key, "dropout": f"experts.{self.expert}.dropout"}
-        return {keys[name]: value for name, value in chosen.items()}
+        return {key: chosen[name] for name, key in keys.items() if name in chosen}
 
 
 FAMILIES = {
@@ -61,8 +61,8 @@ EXPERTS = ("transformer", "diffuser", "state_space")
 class Plan:
     """The fits of one seed.
 
-    domains: of the corpus. chosen: `rate` and `dropout` by family, as tuning found them; what is missing is as the
-    settings have it.
+    domains: of the corpus. chosen: `rate`, `dropout` and `horizon` (share of a budget) by family, as tuning found
+    them; what is missing is as the settings have it.
     """
 
     run: Run
@@ -162,5 +162,6 @@ class Plan:
         if family == "equal_inference_flops":
             return {"experts.transformer.num_layers": costs.layers_of(costs.inference_flops)}
         if family == "equal_training_flops":
-            return {"training.transformer.max_steps": costs.steps_of(self.mixture_flops)}
+            horizon = self.chosen.get(family, {}).get("horizon", 1.0)
+            return {"training.transformer.max_steps": costs.steps_of(horizon * self.mixture_flops)}
         return {}

@@ -34,6 +34,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise UserError(
             f"study.tuning.dropouts={tuning['dropouts']}: give shares of units, from 0 to below 1"
         )
+    if not all(0 < horizon <= 1 for horizon in tuning["horizons"]):
+        raise UserError(
+            f"study.tuning.horizons={tuning['horizons']}: give shares of a budget, above 0, at most 1"
+        )
     if not 0 < tuning["share"] <= 1:
         raise UserError(f"study.tuning.share={tuning['share']} is no share: give a number above 0, at most 1")
 

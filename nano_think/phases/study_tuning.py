@@ -1,9 +1,12 @@
-"""Equal trials for everything a study compares, judged on validation text: learning rates, then dropout."""
+"""Equal trials for everything a study compares, judged on validation text: learning rates, then dropout.
+
+One family gets more: the Transformer that may take the FLOPs of the whole mixture may also stop sooner.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nano_think.phases.run import Maker
@@ -19,12 +22,14 @@ GROUPS = (("transformer",), ("diffuser", "state_space", *SINGLE), ("fused_7c", "
 class Trial:
     """What one family was tried with, and what it came to.
 
-    dropout: None where it was as the settings have it. chosen: the best of its family with as many tokens.
+    dropout: None where it was as the settings have it. horizon: share of its budget that a run was planned for,
+    None where that was not the question. chosen: the best of those that were tried beside it.
     """
 
     family: str
     rate: float
     dropout: float | None
+    horizon: float | None
     tokens: int
     val_loss: float
     chosen: bool
@@ -34,7 +39,7 @@ def tune(plan: Plan, workers: int) -> list[Trial]:
     """Try every family; the plan's seed is the only one that is tuned on, its choices are set by the way."""
     found: list[Trial] = []
     for group in GROUPS:
-        for tried in (_rates, _dropouts):
+        for tried in (_rates, _dropouts, _horizons):
             makers = {family: tried(plan, family) for family in group}
             make_all(plan.run, [maker for trials in makers.values() for _, maker in trials], workers)
             for family, trials in makers.items():
@@ -44,12 +49,12 @@ def tune(plan: Plan, workers: int) -> list[Trial]:
 
 
 def chosen(trials: Iterable[Trial]) -> dict[str, dict[str, float]]:
-    """`rate` and `dropout` by family, as `Plan` takes them."""
+    """`rate`, `dropout` and `horizon` by family, as `Plan` takes them."""
     found: dict[str, dict[str, float]] = {}
     for trial in trials:
         if trial.chosen:
-            dropout = {} if trial.dropout is None else {"dropout": trial.dropout}
-            found[trial.family] = {"rate": trial.rate, **dropout}
+            values = {"rate": trial.rate, "dropout": trial.dropout, "horizon": trial.horizon}
+            found[trial.family] = {name: value for name, value in values.items() if value is not None}
     return found
 
 
@@ -76,6 +81,20 @@ def _dropouts(plan: Plan, family: str) -> list[tuple[dict[str, float], Maker]]:
     ]
 
 
+def _horizons(plan: Plan, family: str) -> list[tuple[dict[str, float], Maker]]:
+    """The artefact of each share of the budget, for the family that has one beyond what its text can teach it.
+
+    To read the same text too often is no use of a budget that its owner would choose.
+    """
+    if family != "equal_training_flops":
+        return []
+    found = []
+    for horizon in plan.settings["tuning"]["horizons"]:
+        values = {**plan.chosen[family], "horizon": horizon}
+        found.append((values, replace(plan, chosen={**plan.chosen, family: values}).fit(family)))
+    return found
+
+
 def _node(key: str) -> str:
     return key.rpartition(".")[0]
 
@@ -93,6 +112,7 @@ def _judged(plan: Plan, family: str, tried: Sequence[tuple[dict[str, float], Mak
             family,
             values["rate"],
             values.get("dropout"),
+            values.get("horizon"),
             planned_tokens(maker.spec["fit"]),
             loss,
             chosen=number == losses.index(min(losses)),

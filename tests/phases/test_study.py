@@ -23,6 +23,7 @@ QUICK = (
     "study.tuning.factors=[0.01, 1.0]",
     "study.tuning.fusion_factors=[1.0]",
     "study.tuning.dropouts=[0.0, 0.9]",
+    "study.tuning.horizons=[0.5, 1.0]",
     "study.pool=2",
 )
 
@@ -126,6 +127,12 @@ def test_rates_reach_their_own_family_and_the_experts_below_a_mixture(plan):
     experts = tuned.trained["fused_7a"].needs
     for name in EXPERTS:
         assert experts[name].recipe.hash == tuned.trained[name].recipe.hash
+    # a plan for a quarter of a budget has a quarter of the steps
+    steps = tuned.fit("equal_training_flops").spec["fit"]["max_steps"]
+    chosen["equal_training_flops"]["horizon"] = 0.25
+    short = Plan(plan.run, plan.seed, plan.domains, chosen).fit("equal_training_flops").spec["fit"]
+    assert short["max_steps"] == pytest.approx(steps / 4, abs=1)
+    assert short["lr"] == pytest.approx(chosen["equal_training_flops"]["rate"])
 
 
 def test_the_optimizer_of_a_study_is_that_of_all_its_fits(plan, project):
@@ -220,9 +227,11 @@ def test_the_best_rate_on_validation_is_chosen_with_equal_trials(studied):
     for family, where in FAMILIES.items():
         own = [trial for trial in trials if trial["family"] == family]
         rates = [trial for trial in own if trial["dropout"] is None]
-        dropouts = [trial for trial in own if trial["dropout"] is not None]
+        horizons = [trial for trial in own if trial["horizon"] is not None]
+        dropouts = [trial for trial in own if trial["dropout"] is not None and trial not in horizons]
         assert (len(rates), len(dropouts)) == ((2, 2) if where.phase == "expert" else (1, 0))
-        for tried in filter(None, (rates, dropouts)):
+        assert len(horizons) == (2 if family == "equal_training_flops" else 0)
+        for tried in filter(None, (rates, dropouts, horizons)):
             assert [trial["chosen"] for trial in tried].count(True) == 1
             assert next(t for t in tried if t["chosen"])["val_loss"] == min(t["val_loss"] for t in tried)
         assert {trial["rate"] for trial in dropouts} <= {trial["rate"] for trial in rates if trial["chosen"]}
@@ -250,10 +259,13 @@ def test_what_models_cost_adds_up(studied):
         assert flops[stage] == pytest.approx(spent)
     # the memory was written by a pass over 6,400 tokens of its own, and a token that reads it costs more
     assert flops["fused_7d"] > spent + fits["fused_7d"]["planned_flops"]
-    # B7: as many FLOPs as the mixture up to 7c, to half a step
+    # B7: as many FLOPs as the mixture up to 7c, or the share of them that was better, to half a step
     alone, one = flops["equal_training_flops"], fits["equal_training_flops"]
     assert alone == one["planned_flops"]
-    assert abs(alone - spent) <= alone / (one["planned_tokens"] / (8 * 64))
+    chosen = next(
+        trial["horizon"] for trial in record.facts["tuning"] if trial["horizon"] and trial["chosen"]
+    )
+    assert abs(alone - chosen * spent) <= alone / (one["planned_tokens"] / (8 * 64))
     token = of("inference_flops_per_token")
     assert token["uniform_prob"] == pytest.approx(sum(token[name] for name in EXPERTS))
     assert token["static"] == token["uniform_hidden"] < token["uniform_prob"]

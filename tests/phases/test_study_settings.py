@@ -9,7 +9,8 @@ from nano_think.phases.study_settings import check_settings, check_text
 
 GOOD = {
     "expert_tokens": 6400, "fusion_tokens": 1600, "evidence_tokens": 2000, "pool": 2, "workers": 1, "rows": None,
-    "seeds": [1, 2], "tuning": {"factors": [1.0], "fusion_factors": [0.5, 1], "share": 0.2, "dropouts": [0]},
+    "seeds": [1, 2], "tuning": {"factors": [1.0], "fusion_factors": [0.5, 1], "share": 0.2, "dropouts": [0],
+               "horizons": [1]},
 }  # fmt: skip
 LOADER = {"mixing": "equal", "temperature": 1.0}
 
@@ -41,6 +42,7 @@ def changed(path, value):
         ("tuning.factors", []),
         ("tuning.fusion_factors", [1.0, 0]),
         ("tuning.dropouts", [1.0]),
+        ("tuning.horizons", [0]),
         ("tuning.share", 0),
         ("tuning.share", 2),
     ],
