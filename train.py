@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     register_schema()
+    if int(os.environ.get("RANK", "0")) > 0:  # Hydra keeps no folder for a process that writes none
+        arguments += ["hydra.run.dir=${run.root}", "hydra.output_subdir=null"]
     sys.argv = [sys.argv[0], "--config-dir", str(ROOT), *arguments]
     try:
         _job()

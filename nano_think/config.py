@@ -88,6 +88,7 @@ class RunConfig:
     optimizer: Any = MISSING
     schedule: Any = MISSING
     trainer: Any = MISSING
+    strategy: Any = MISSING
     callbacks: Any = field(default_factory=dict)
     logger: Any = MISSING
     eval: Any = field(default_factory=dict)

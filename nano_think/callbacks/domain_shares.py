@@ -6,6 +6,9 @@ from collections import Counter
 from typing import Any
 
 import lightning as L
+import torch
+
+from nano_think.ops.processes import summed
 
 
 class DomainShares(L.Callback):
@@ -18,7 +21,8 @@ class DomainShares(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count rows and log at the trainer's interval."""
-        self.rows.update(pl_module.domains[i] for i in batch["domain"].tolist())
+        counts = summed(torch.bincount(batch["domain"], minlength=len(pl_module.domains)))
+        self.rows.update(dict(zip(pl_module.domains, counts.tolist(), strict=True)))
         if (trainer.fit_loop.total_batch_idx + 1) % trainer.log_every_n_steps == 0:
             total = sum(self.rows.values())
             pl_module.log_dict({f"data/share/{name}": self.rows[name] / total for name in pl_module.domains})

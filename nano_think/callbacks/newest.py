@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
+
+from nano_think.ops.processes import summed
 
 
 class NewestState(Checkpoint):
@@ -17,7 +20,7 @@ class NewestState(Checkpoint):
     Only after a whole optimizer step whose validation, if one was due, is over: a state from the midst of a
     step would lose accumulated gradients, and one from before a due validation would never make up for it.
     So Ctrl+C lets the step in progress end, saves, and then raises KeyboardInterrupt; a second one does so
-    at once and leaves the last state saved.
+    at once and leaves the last state saved. Several processes save together, whichever of them was asked.
     """
 
     def __init__(self, dirpath: str | Path, every_n_train_steps: int = 200) -> None:
@@ -39,6 +42,9 @@ class NewestState(Checkpoint):
         """Save at the interval or when asked to stop, unless a validation comes first."""
         next_batch = trainer.fit_loop.total_batch_idx + 1
         validates = trainer.should_stop or next_batch % trainer.val_check_batch == 0
+        if trainer.world_size > 1 and _step_is_whole(trainer):
+            asked = torch.tensor(float(self._asked_to_stop), device=pl_module.device)
+            self._asked_to_stop = bool(summed(asked) > 0)
         if not validates and _step_is_whole(trainer):
             due = trainer.global_step - self._saved_step >= self.every_n_train_steps
             if due or self._asked_to_stop or trainer.received_sigterm:

@@ -15,7 +15,10 @@ NUM_TOKENS = 32
 
 
 class Reconstructions(L.Callback):
-    """Logs the tokens that read-outs of clean, noised and restored targets point at, side by side."""
+    """Logs the tokens that read-outs of clean, noised and restored targets point at, side by side.
+
+    Not of a network that is divided among processes: its whole twin need not lie where the batch does.
+    """
 
     def __init__(self, tokenizer: Tokenizer, seed: int = 0) -> None:
         self.tokenizer, self.seed = tokenizer, seed
@@ -36,7 +39,7 @@ class Reconstructions(L.Callback):
     @torch.no_grad()
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the kept row from each noise level and log the nearest tokens."""
-        if trainer.sanity_checking or self.batch is None or not trainer.is_global_zero:
+        if trainer.sanity_checking or self.batch is None or not trainer.is_global_zero or pl_module.built:
             return
         network, expert = pl_module.network, pl_module.network.expert
         target, _ = pl_module.targets(self.batch)

@@ -46,9 +46,11 @@ class SampleTexts(L.Callback):
     @torch.no_grad()
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Continue each prompt and log it as text."""
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
             return
-        network = pl_module.network
+        network = pl_module.whole_network()
+        if not trainer.is_global_zero:
+            return
         was_training = network.training
         network.eval()
         for name, prompt in self.prompts.items():

@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from nano_think.ops.processes import load_whole, whole_state
+
 
 class ValidationSelection(L.Callback):
     """Watches `val/loss`; the best weights, those of step 0 included, are put back at the end of the fit.
@@ -44,15 +46,14 @@ class ValidationSelection(L.Callback):
             self.waited += 1
         if value < self.best:
             self.best, self.best_step = value, step
-            state = pl_module.network.state_dict()
-            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+            self.weights = whole_state(pl_module.network)
         if self.waited >= self.patience:
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the network with the selected weights."""
         if self.weights:
-            pl_module.network.load_state_dict(self.weights)
+            load_whole(pl_module.network, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed fit needs to select as if it had never stopped."""

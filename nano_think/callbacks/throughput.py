@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning as L
 
+from nano_think.ops.processes import summed
+
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +39,7 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count tokens and log at the trainer's interval."""
-        count = int((batch["segments"] >= 0).sum())
+        count = int(summed((batch["segments"] >= 0).sum()))
         self.tokens += count
         self._new += count
         if (

@@ -3,11 +3,14 @@
 Training is one endless sequence of micro-batches. Batch number n of a rank depends only on the settings, the
 seed and n (see `sampler.py`), so workers, prefetching and epochs cannot change the order, and resuming is
 only a matter of knowing n: the number of micro-batches the Trainer has processed, which Lightning itself
-keeps in a checkpoint. An epoch is a number of batches, ceil(tokens of the split / tokens of a batch), not a
-pass over every document.
+keeps in a checkpoint. The batches number n of all ranks together are the batch number n of a single process,
+so that the number of processes changes neither a result nor where a fit goes on.
+
+An epoch is a number of batches, ceil(tokens of the split / tokens of a batch), not a pass over every document.
 
 Evaluation is one fixed pass: every row of every domain once, domains interleaved, the last partial batch
-    kept.
+kept. Ranks get equally many batches, for a network that is divided among them takes its steps together; a rank
+without a row for the last one gets a row whose labels are all masked.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from nano_think.data.packing import RowReader
+from nano_think.data.packing import IGNORE, RowReader
 from nano_think.data.sampler import DomainSampler, mixing_shares
 from nano_think.data.seen import Stream, seen_streams
 from nano_think.data.shards import Shards
@@ -40,7 +43,7 @@ class TokenDataModule(L.LightningDataModule):
     Args:
         shards_dir: directory made by `build_shards`.
         seq_len: L.
-        batch_size: B of one rank.
+        batch_size: rows of a batch of all ranks together; B of one rank is its part of them.
         train_split, val_split: `expert_train`, `fusion_train`, `validation` or `test`.
         mixing, temperature: shares of the domains in training, see `sampler.mixing_shares`.
         mode: `packed` or `padded`.
@@ -106,7 +109,7 @@ class TokenDataModule(L.LightningDataModule):
         tokens = self.shards.num_tokens(self.train_split)
         if self.train_tokens is not None:
             tokens = min(tokens, self.train_tokens)
-        return -(-tokens // (self.batch_size * self._world * self.seq_len))
+        return -(-tokens // (self.batch_size * self.seq_len))
 
     @property
     def batches_done(self) -> int:
@@ -129,7 +132,7 @@ class TokenDataModule(L.LightningDataModule):
         sampler = self._sampler(reader)
         self._check_length(sampler.shares)
         batches = _TrainBatches(
-            reader, sampler, self.batch_size, self.steps_per_epoch, self._rank, self._world
+            reader, sampler, self._own_part(self.batch_size), self.steps_per_epoch, self._rank, self._world
         )
         return self._loader(batches, start=lambda: self.batches_done, resumable=True)
 
@@ -158,8 +161,9 @@ class TokenDataModule(L.LightningDataModule):
             UserError: the split holds no text.
         """
         reader = self._reader(split)
-        chosen = _interleaved(reader.rows_per_domain, rows)[self._rank :: self._world]
-        return self._loader(_EvalBatches(reader, chosen, batch_size or self.batch_size))
+        chosen = _interleaved(reader.rows_per_domain, rows)
+        own = self._own_part(batch_size or self.batch_size)
+        return self._loader(_EvalBatches(reader, chosen, own, self._rank, self._world))
 
     def num_rows(self, split: str, rows: int | None = None) -> int:
         """How many rows `dataloader` passes over, on all ranks together."""
@@ -182,6 +186,13 @@ class TokenDataModule(L.LightningDataModule):
     def _world(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
 
+    def _own_part(self, batch_size: int) -> int:
+        if batch_size % self._world:
+            raise UserError(
+                f"a batch of {batch_size} rows cannot be divided among {self._world} processes: choose a multiple"
+            )
+        return batch_size // self._world
+
     def _settings(self) -> dict[str, Any]:
         names = (
             "seq_len",
@@ -196,7 +207,7 @@ class TokenDataModule(L.LightningDataModule):
             "train_part",
         )
         settings = {name: getattr(self, name) for name in names}
-        return {**settings, "corpus_hash": self.shards.manifest["corpus_hash"], "num_ranks": self._world}
+        return {**settings, "corpus_hash": self.shards.manifest["corpus_hash"]}
 
     def _check_resumed_settings(self) -> None:
         now = self._settings()
@@ -283,16 +294,24 @@ class _TrainBatches(_Batches):
 
 
 class _EvalBatches(_Batches):
-    """A list of rows in batches; the last may be smaller."""
+    """This rank's part of a list of rows in batches; the last may be smaller, or hold only masked labels."""
 
-    def __init__(self, reader: RowReader, draws: list[tuple[int, int]], batch_size: int) -> None:
-        self.reader, self.draws, self.batch_size = reader, draws, batch_size
+    def __init__(
+        self, reader: RowReader, draws: list[tuple[int, int]], batch_size: int, rank: int, world: int
+    ) -> None:
+        self.reader, self.batch_size = reader, batch_size
+        self.first, self.draws = draws[:1], draws[rank::world]
+        self.length = -(-len(draws) // (batch_size * world))
 
     def __len__(self) -> int:
-        return -(-len(self.draws) // self.batch_size)
+        return self.length
 
     def __getitem__(self, number: int) -> Batch:
-        return self.reader.batch(self.draws[number * self.batch_size :][: self.batch_size])
+        draws = self.draws[number * self.batch_size :][: self.batch_size]
+        if draws:
+            return self.reader.batch(draws)
+        batch = self.reader.batch(self.first)
+        return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
 
 
 class _InOrder(DistributedSampler[int]):

@@ -31,6 +31,7 @@ from nano_think.ops.diffusion import (
     noise_table,
 )
 from nano_think.ops.layout import Layout
+from nano_think.ops.processes import summed
 
 Param = Literal["posterior", "x0", "eps", "v"]
 Target = Literal["hidden_same", "next_embed", "hidden_next"]
@@ -160,12 +161,16 @@ class DiffuserExpert(nn.Module):
 
         It is the squared error of estimates x0_hat (B, L, d_model) made from pure noise, so only positions
         count where tau (B, L) is the last level and `valid` (B, L) holds. A running mean over 50 steps, which
-        leaves out what is not finite: it would never be so again. Does nothing unless param=posterior.
+        leaves out what is not finite: it would never be so again. Does nothing unless param=posterior. Of several
+        processes, all follow what they see together.
         """
+        if self.param != "posterior":
+            return
         pure = valid & (tau == self.schedule.train_T)
-        if self.param == "posterior" and bool(pure.any()):
-            error = (x0_hat - x0)[pure].float().square().mean(0)
-            error = error.to(self.variance)
+        errors = (x0_hat - x0)[pure].float().square().sum(0)
+        totals = summed(torch.cat([errors, pure.sum(dtype=torch.float32).view(1)]))
+        if bool(totals[-1] > 0):
+            error = (totals[:-1] / totals[-1]).to(self.variance)
             self.variance.lerp_(torch.where(error.isfinite(), error, self.variance), 0.02)
 
     def standardise(self, hidden: Tensor) -> Tensor:

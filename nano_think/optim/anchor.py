@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from nano_think.ops.processes import divided_like
+
 
 class AnchoredDecay:
     """p <- p - lr * coefficient * (p - reference) after every optimizer step.
@@ -26,7 +28,7 @@ class AnchoredDecay:
         if coefficient < 0:
             raise ValueError(f"the anchor coefficient must not be negative, it is {coefficient}")
         self.parameter, self.coefficient = parameter, coefficient
-        self.reference = reference.detach().clone()
+        self.reference = divided_like(reference.detach().clone(), parameter)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Pull after each step of `optimizer`, at the learning rate of the parameter's own group."""

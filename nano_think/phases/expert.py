@@ -50,7 +50,7 @@ def expert_maker(run: Run, name: str) -> Maker:
         return _train(run, maker, fit, path)
 
     command = run.command(phase="expert", expert=name)
-    maker = Maker(name, spec, build, {"shards": shards, **needs}, command)
+    maker = Maker(name, spec, build, {"shards": shards, **needs}, command, trains=True)
     return maker
 
 

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 
 from nano_think.errors import UserError
 from nano_think.phases.data import data_module, load_tokenizer, loader_settings
-from nano_think.phases.run import Maker, Run
+from nano_think.phases.run import Followed, Maker, Run
 from nano_think.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Trainer settings that change what is seen of a fit, or where it runs, but not what comes out of it.
 WITHOUT_EFFECT = {"_target_", "accelerator", "log_every_n_steps", "enable_model_summary", "inference_mode"}
 WITHOUT_EFFECT |= {"profiler", "detect_anomaly", "max_steps", "max_epochs", "accumulate_grad_batches"}
+WITHOUT_EFFECT |= {"num_nodes"}
 
 
 class Fit:
@@ -48,6 +49,11 @@ class Fit:
                 raise UserError(f"{key}={self.training[key]} trains nothing: give at least 1")
         self._check_budget(asked)
         self.accumulate = self.trainer.get("accumulate_grad_batches") or training["accumulate"]
+        if training["batch_size"] % run.ranks.world:
+            raise UserError(
+                f"{self.key}.batch_size={training['batch_size']} is the batch of all processes together and "
+                f"cannot be divided among {run.ranks.world}: choose a multiple"
+            )
 
     def _check_budget(self, asked: dict[str, Any]) -> None:
         """Raise UserError for a budget that is none, and for two answers to how long the fit is."""
@@ -74,7 +80,12 @@ class Fit:
             "accumulate": self.accumulate,
             "optimizer": self.optimizer,
             "schedule": self.run.plain(cfg.schedule),
-            "trainer": {key: value for key, value in self.trainer.items() if key not in WITHOUT_EFFECT},
+            # batches are those of all processes together: what comes out is the same as on one device
+            "trainer": {
+                key: 1 if key == "devices" else value
+                for key, value in self.trainer.items()
+                if key not in WITHOUT_EFFECT
+            },
             "precision": cfg.precision,
             "seed": cfg.seed,
             "split": self.train_split,
@@ -124,7 +135,10 @@ class Fit:
         trainer.seed_everything(self.run.cfg.seed)
 
     def __call__(self, task: FitTask, data: TokenDataModule, work: Path) -> dict[str, Any]:
-        """Train `task` with Lightning, see `phases.trainer.train`."""
+        """Train `task` with Lightning, see `phases.trainer.train`; ranks above 0 leave with `Followed`."""
         from nano_think.phases import trainer
 
-        return trainer.train(self, task, data, work)
+        result = trainer.train(self, task, data, work)
+        if self.run.ranks.follows:
+            raise Followed
+        return result

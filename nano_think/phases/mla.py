@@ -81,7 +81,7 @@ def mla_maker(run: Run, stage: str) -> Maker:
     names = run.cfg.expert.names
     phase, expert = ("mla", run.cfg.expert.name) if len(names) > 1 else ("finetune", names[0])
     command = run.command(phase=phase, expert=expert, stage=stage)
-    maker = Maker(f"mla_{stage}", spec, build, needs, command)
+    maker = Maker(f"mla_{stage}", spec, build, needs, command, trains=stage != "7a")
     return maker
 
 
@@ -220,7 +220,9 @@ def _train(run: Run, maker: Maker, stage: str, fit: Fit, path: Path) -> dict[str
     start = load_checkpoint(before.recipe.path(run.artifacts), before.command)
     model, data, tokenizer = start.model, fit.data(), start.tokenizer
     fit.seed_everything()
-    memory = _memory(run, maker, model, data) if stage == "7d" else None
+    memory = None
+    if stage == "7d":
+        memory = run.ranks.after_first(f"fill memory {fit.label}", lambda: _memory(run, maker, model, data))
     cache = expert_cache(run, fit, model, data, run.work_dir(maker)) if stage == "7b" else None
     training = run.plain(run.cfg.training.mla)
     scale = {"router": training["router_lr_scale"]} if stage != "7b" else None

@@ -7,6 +7,7 @@ make the same thing share it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -37,6 +38,7 @@ from nano_think.artifacts.recipe import COMPLETE_MARK, Recipe
 from nano_think.config import validate
 from nano_think.errors import UserError
 from nano_think.files import atomic_dir, atomic_write, hash_json, locked, write_json
+from nano_think.phases.ranks import SWEEPING, Ranks, launch
 
 # What only the phase named on the command line receives; everything else reaches prerequisites too.
 OWN_KEYS = {"phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run"}
@@ -45,6 +47,14 @@ OWN_KEYS |= {"prompt", "prompt_file", "generate", "eval", "memory", "quantize", 
 LARGE = 1 << 20
 # Phases whose configuration has the numbers of the fused model.
 WITH_MLA = {"mla", "finetune", "eval", "audit", "generate", "pipeline", "study"}
+# Where a run computes, which a prerequisite does too.
+HANDED_ON = {"trainer.devices", "trainer.num_nodes", "trainer.accelerator"}
+# Phases that train in this process or in several; the others evaluate and write, or start processes themselves.
+TRAINING = ("expert", "mla", "finetune", "pipeline")
+
+
+class Followed(Exception):
+    """The part of a build in which a rank other than 0 takes part is over."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Maker:
     """How one artefact is made.
 
     build: fills the folder it is given and returns results (plain values) for the provenance file.
-    label: how the artefact is called on screen and in the run folder.
+    trains: whether building it is a fit, in which all ranks take part.
     """
 
     kind: str
@@ -60,6 +70,7 @@ class Maker:
     build: Callable[[Path], dict[str, Any]]
     needs: dict[str, Maker] = field(default_factory=dict)
     command: str = ""
+    trains: bool = False
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -71,9 +82,18 @@ class Run:
     """One phase with its configuration.
 
     cfg: the composed configuration. overrides: the command line it came from. dir: the run folder.
+    ranks: the place of this process among those of the run. Only rank 0 writes and speaks.
     """
 
-    def __init__(self, cfg: DictConfig, overrides: list[str], directory: Path, console: Console) -> None:
+    def __init__(
+        self,
+        cfg: DictConfig,
+        overrides: list[str],
+        directory: Path,
+        console: Console,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.cfg, self.overrides, self.dir, self.console = cfg, overrides, directory, console
         self.root = Path(cfg.run.root)
         self.artifacts = self.root / "artifacts"
@@ -99,7 +119,8 @@ class Run:
     def record(self, **values: Any) -> None:
         """Put values into the manifest of the run and write it: what is known survives whatever happens next."""
         self.manifest |= values
-        write_json(self.dir / "manifest.json", self.manifest)
+        if not self.ranks.follows:
+            write_json(self.dir / "manifest.json", self.manifest)
 
     def record_fit(self, label: str, **values: Any) -> None:
         """The same for one of its fits: what was chosen for it and what it took."""
@@ -130,7 +151,7 @@ class Run:
             OmegaConf.set_struct(cfg, False)
             cfg.expert.name, cfg.expert.names = expert, [expert]
         cfg.run.root = str(self.root)
-        run = Run(cfg, kept, self.dir, self.console)
+        run = Run(cfg, kept, self.dir, self.console, self.ranks)
         run.manifest = self.manifest
         return run
 
@@ -140,7 +161,8 @@ class Run:
         phase, expert = choices["phase"], choices.get("expert")
         kept = self._handed_on(phase)
         if phase == self.cfg.phase.name:
-            kept = [o for o in self.overrides if _group(o) in OWN_KEYS - {"run", "hydra"}] + kept
+            own = [o for o in self.overrides if _group(o) in OWN_KEYS - {"run", "hydra"}]
+            kept = [o for o in own if o not in kept] + kept
         kept = [o for o in kept if override_name(o) not in {*choices, "phase", "expert", "prerequisites"}]
         kept = [o for o in kept if not _of_other_expert(o, expert)]
         if str(self.root) != "outputs":
@@ -152,7 +174,7 @@ class Run:
         return [
             o
             for o in self.overrides
-            if _group(o) not in OWN_KEYS
+            if (_group(o) not in OWN_KEYS or override_name(o) in HANDED_ON)
             and (phase in WITH_MLA or not override_name(o).startswith("training.mla."))
         ]
 
@@ -164,7 +186,10 @@ class Run:
         """
         recipe = maker.recipe
         path = recipe.path(self.artifacts)
+        if self.ranks.follows:
+            return self._follow(maker, path)
         if recipe.exists(self.artifacts):
+            self.ranks.tell(f"start {recipe.hash}", "reuse")
             if recipe.hash not in self.used:
                 self._check_unchanged(maker)
                 self.say(f"[dim]reused {maker.kind} {recipe.hash}[/dim]")
@@ -172,13 +197,17 @@ class Run:
             return path
         if self.cfg.prerequisites == "require" and not named:
             raise UserError(f"{maker.kind} {recipe.hash} is missing: make it with `{maker.command}`")
+        self.ranks.tell(f"start {recipe.hash}", "build")
         for need in maker.needs.values():
             self.obtain(need)
         with self._alone_with(maker):
-            if recipe.exists(self.artifacts):
+            missing = not recipe.exists(self.artifacts)
+            self.ranks.tell(f"alone {recipe.hash}", missing)
+            if not missing:
                 return self.obtain(maker)
             self._build(maker, path)
         self.used[recipe.hash] = maker.kind
+        self.ranks.tell(f"done {recipe.hash}")
         return path
 
     def _alone_with(self, maker: Maker) -> AbstractContextManager[None]:
@@ -210,6 +239,20 @@ class Run:
             write_json(temporary / COMPLETE_MARK, {**made, "content": hash_json(files), "files": files})
         shutil.rmtree(self.work_dir(maker), ignore_errors=True)
         self.say(f"built {maker.kind} {recipe.hash} in {seconds} s")
+
+    def _follow(self, maker: Maker, path: Path) -> Path:
+        """`obtain` of a rank other than 0: wait for what rank 0 builds, and take part where that is a fit."""
+        key, about = maker.recipe.hash, f"make {maker.kind} {maker.recipe.hash}"
+        if key not in self.used and self.ranks.ask(f"start {key}", about) == "build":
+            for need in maker.needs.values():
+                self.obtain(need)
+            if self.ranks.ask(f"alone {key}", about):
+                if maker.trains:
+                    with contextlib.suppress(Followed):
+                        maker.build(path)
+                self.ranks.ask(f"done {key}", about)
+        self.used[key] = maker.kind
+        return path
 
     def _check_unchanged(self, maker: Maker) -> None:
         """Raise UserError where an artefact, or what it was made from, is not what it was when it was made.
@@ -248,6 +291,8 @@ class Run:
         if self.sweeping:
             return source
         target = self.root / "checkpoints" / name
+        if self.ranks.follows:
+            return target
         fresh = target.with_name(f".{name}.{os.getpid()}-{time.time_ns()}.new")
         with atomic_dir(fresh) as temporary:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
@@ -271,10 +316,17 @@ def run_phase(cfg: DictConfig) -> float | None:
     if cfg.phase.name == "expert" and cfg.expert_seed is not None:
         cfg.seed = cfg.expert_seed
     job = HydraConfig.get()
-    run = Run(cfg, list(job.overrides.task), Path(job.runtime.output_dir), console())
-    run.sweeping = job.mode == RunMode.MULTIRUN
+    overrides, directory = list(job.overrides.task), Path(job.runtime.output_dir)
+    sweeping = job.mode == RunMode.MULTIRUN
+    world = number_of_processes(cfg)
+    if world > 1 and "RANK" not in os.environ:
+        return _launched(cfg, overrides, directory, world, sweeping)
+    ranks = Ranks.here() if world > 1 else Ranks()
+    run = Run(cfg, overrides, _shared(ranks, directory), console(quiet=ranks.follows), ranks)
+    run.sweeping = sweeping or bool(os.environ.get(SWEEPING))
     run.dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(run.dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    if not ranks.follows:
+        atomic_write(run.dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     run.record(command=["train.py", *run.overrides], seed=cfg.seed, **versions(), status="running")
     module, _, name = cfg.phase.run.rpartition(".")
     try:
@@ -288,15 +340,67 @@ def run_phase(cfg: DictConfig) -> float | None:
     return result.get("objective")
 
 
+def number_of_processes(cfg: DictConfig) -> int:
+    """How many processes the fits of a run take; UserError for settings that contradict each other."""
+    devices = cfg.trainer.devices
+    per_machine = devices if isinstance(devices, int) and not isinstance(devices, bool) else 0
+    if OmegaConf.is_list(devices):
+        per_machine = len(devices)
+    if per_machine < 1:
+        raise UserError(f"trainer.devices={devices} is no number of processes: give 1 or more")
+    world = per_machine * (cfg.trainer.get("num_nodes") or 1)
+    if world > 1 and cfg.phase.name not in TRAINING:
+        raise UserError(
+            f"phase={cfg.phase.name} is the work of one process: leave out trainer.devices and strategy"
+        )
+    if world > 1 and cfg.strategy._target_.endswith(".single"):
+        raise UserError(
+            f"trainer.devices={devices} are {world} processes: add strategy=ddp or strategy=fsdp2"
+        )
+    if world > per_machine and "RANK" not in os.environ:
+        raise UserError("trainer.num_nodes needs a process on every machine: start train.py with torchrun")
+    started = int(os.environ.get("WORLD_SIZE", world)) if "RANK" in os.environ else world
+    if started != world:
+        raise UserError(
+            f"{started} processes were started and trainer.devices asks for {world}: let both agree"
+        )
+    return world
+
+
+def _launched(
+    cfg: DictConfig, overrides: list[str], directory: Path, world: int, sweeping: bool
+) -> float | None:
+    """The objective of a run of several processes on this machine; its manifest says how it ended."""
+    directory.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // world)
+    manifest = directory / "manifest.json"
+    try:
+        launch(overrides, directory, world, sweeping, threads)
+    except BaseException as error:
+        known = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        if known.get("status", "running") == "running":
+            write_json(manifest, {**known, "status": "failed", "error": str(error)})
+        raise
+    return json.loads(manifest.read_text())["result"].get("objective")
+
+
+def _shared(ranks: Ranks, directory: Path) -> Path:
+    """The run folder of rank 0, which is that of all."""
+    if ranks.follows:
+        return Path(ranks.ask("run folder", "make a run folder"))
+    ranks.tell("run folder", str(directory.absolute()))
+    return directory
+
+
 @lru_cache(maxsize=256)
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
     """A composition takes a third of a second, and who describes a pipeline asks for the same ones many times."""
     return compose("config", list(overrides))
 
 
-def console() -> Console:
+def console(quiet: bool = False) -> Console:
     """The terminal, or 110 columns where the output goes into a file: tables stay readable."""
-    return Console() if sys.stdout.isatty() else Console(width=110)
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=110, quiet=quiet)
 
 
 def versions() -> dict[str, Any]:

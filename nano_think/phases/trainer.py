@@ -46,6 +46,10 @@ EXPECTED_WARNINGS = (
     r".*was called without a model.*",
     r".*there is no last checkpoint available.*",
     r".*module\(s\) in eval mode at the start of training.*",
+    # figures of several processes are added up where they are made
+    r".*sync_dist=True.*",
+    # nobody writes into what the blocks of a divided network return
+    r".*returned a view tensor.*",
 )
 # What hardware there is not, and advertisements for other loggers, hide the lines that matter.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -62,25 +66,29 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
     work: where the newest state is kept; with resume=auto a fit that finds one there goes on from it.
     """
     planned, per_epoch = fit.steps(data)
+    ranks, network = fit.run.ranks, task.network
+    strategy = instantiate(fit.run.cfg.strategy, world=ranks.world, uses_all=task.uses_all)
     cost = cost_of(fit, task, data)
     max_steps = within_budget(fit, cost, planned)
     interval = _interval(fit, max_steps, per_epoch)
     # patience counts epochs, the callback validations
     patience = math.ceil(fit.training["patience"] * max(1.0, per_epoch / interval))
     selection = ValidationSelection(patience, capped_warmup(fit.training["warmup_steps"], max_steps))
-    choices = _prepare(fit, task, data, work)
+    choices = ranks.after_first(f"prepare {fit.label}", lambda: _prepare(fit, task, data, work))
     how = choices["arithmetic"]
-    space.check_fit(fit, task, work)
-    peak = gemm_peak(_device(fit), how["precision"], how["float32_matmul"])
+    if not ranks.follows:
+        space.check_fit(fit, task, work)
+    peak = ranks.world * gemm_peak(_device(fit), how["precision"], how["float32_matmul"])
     fit.run.record_fit(fit.label, peak_flops=peak, flops_per_token=cost.per_token)
     taken_up = TakenUp()
     callbacks = [selection, taken_up, *_callbacks(fit, task, work, cost, peak)]
-    trainer = _trainer(fit, callbacks, max_steps, interval, per_epoch, how["precision"])
+    trainer = _trainer(fit, callbacks, max_steps, interval, per_epoch, how["precision"], strategy)
     newest = _newest(work) if fit.run.cfg.resume == "auto" else None
     if newest is not None:
         check_state(newest, task)
     scan = chosen_scan(task, choices.get("scan"), _device(fit), fit.run.cfg.precision, fit.run.say)
-    with warnings.catch_warnings(), float32_matmul(how["float32_matmul"]), scan:
+    group = ranks.group(f"fit {fit.label}", _device(fit).type)
+    with warnings.catch_warnings(), float32_matmul(how["float32_matmul"]), scan, group:
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
@@ -94,6 +102,7 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
                         f"[dim]compiled: {', '.join(parts) or 'nothing, a diffuser stays eager'}[/dim]"
                     )
                 trainer.fit(task, datamodule=data, ckpt_path=newest, weights_only=True)
+            task.whole_network()  # where a divided copy was trained, the network of the caller learns of it here
         except SystemExit as error:
             # Lightning's answer to Ctrl+C: it exits the process and leaves it deaf to another one
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -102,6 +111,8 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
             if newest is None or taken_up.begun or isinstance(error, UserError):
                 raise
             raise cannot_go_on(newest, error) from error
+    task.network = network
+    data.trainer = None  # what follows is the work of one process, and reads all rows
     result = {**_result(fit, trainer, selection, per_epoch, cost), "choices": choices}
     fit.run.record_fit(fit.label, peak_memory_gb=result["peak_memory_gb"])
     fit.run.say(f"[dim]{fit.label}: {result['peak_memory_gb']:.2f} GB at the peak[/dim]")
@@ -114,7 +125,9 @@ def _prepare(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict
     Both go into the manifest. A choice is made at the first start and reused by one that resumes, see
     `phases.choices`.
     """
-    choices = Choices(work, reuse=fit.run.cfg.resume == "auto")
+    choices = Choices(work, reuse=fit.run.cfg.resume == "auto" or fit.run.ranks.follows)
+    if fit.run.ranks.follows:
+        return dict(choices.made)
     asked = fit.run.cfg.precision
     choose_scan(task, choices, _device(fit), asked)
     memory.forget_peak()
@@ -126,7 +139,7 @@ def _prepare(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict
     how = choices.choose("arithmetic", lambda: arithmetic.settle(probe, asked))
     if not fp32_stays(how["float32_matmul"]):
         how = {**how, "float32_matmul": "highest"}  # resumed on another processor
-    expected = memory.estimate(probe, how["precision"], fit.training["batch_size"])
+    expected = memory.estimate(probe, how["precision"], fit.training["batch_size"] // fit.run.ranks.world)
     fit.run.record_fit(fit.label, choices=choices.made, estimated_memory_gb=expected.in_gb())
     speed = "" if how["precision"] == asked else f", {how['precision']} as the faster"
     fit.run.say(f"[dim]{fit.label}: about {expected.peak / memory.GB:.2f} GB at the peak{speed}[/dim]")
@@ -173,7 +186,13 @@ def _callbacks(fit: Fit, task: FitTask, work: Path, cost: Cost, peak: float) -> 
 
 
 def _trainer(
-    fit: Fit, callbacks: list[L.Callback], max_steps: int, interval: int, per_epoch: int, precision: str
+    fit: Fit,
+    callbacks: list[L.Callback],
+    max_steps: int,
+    interval: int,
+    per_epoch: int,
+    precision: str,
+    strategy: Any,
 ) -> L.Trainer:
     folder = fit.run.dir / "tensorboard" / fit.label
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,6 +210,7 @@ def _trainer(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         precision=precision,
+        strategy=strategy,
         default_root_dir=str(folder),
         enable_progress_bar=False,
     )

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nano_think.metrics.domain_loss import DomainLoss
 from nano_think.ops.layout import Layout
+from nano_think.ops.processes import load_whole, local, own_rows, place, summed, whole, whole_state
 
 Batch = Mapping[str, Tensor]
 OptimizerFactory = Callable[[nn.Module], Optimizer]
@@ -30,7 +31,8 @@ class FitTask(L.LightningModule):
 
     The loss of an optimizer step is the mean over all valid labels of all its micro-batches, not the mean of
     their means: every micro-batch contributes its sum over a constant, and the gradient is rescaled once the
-    number of labels is known. Four batches of 16 rows thus give the gradient of one of 64.
+    number of labels is known. Four batches of 16 rows thus give the gradient of one of 64, and so do two
+    processes with 32 rows each.
     """
 
     def __init__(
@@ -48,6 +50,9 @@ class FitTask(L.LightningModule):
         self.val_loss = DomainLoss(self.domains, byte_lengths)
         self._pending_labels: Tensor | float = 0.0
         self._place: tuple[int, int] | None = None
+        # The network as it was built, where a strategy trains a copy whose tensors are divided among processes.
+        # In a tuple, so that it is no part of the module's state.
+        self.built: tuple[nn.Module, ...] = ()
 
     @property
     def place(self) -> tuple[int, int]:
@@ -75,9 +80,13 @@ class FitTask(L.LightningModule):
         """Scaled sum of the batch, see the class docstring."""
         sums = self.batch_loss(batch)
         # stays on its device: reading it here would wait for the step
-        labels = (batch["labels"] != -100).sum()
+        counted = (batch["labels"] != -100).sum()
+        totals = summed(torch.stack([*(value.detach().float() for value in sums.values()), counted.float()]))
+        labels = totals[-1]
         self._pending_labels = self._pending_labels + labels
-        means = {f"train/{name}": value.detach() / labels.clamp_min(1) for name, value in sums.items()}
+        means = {
+            f"train/{name}": total / labels.clamp_min(1) for name, total in zip(sums, totals, strict=False)
+        }
         self.log("train/loss", means.pop("train/loss"), prog_bar=True)
         if means:
             self.log_dict(means)
@@ -86,13 +95,12 @@ class FitTask(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the scaled sums of all micro-batches into the mean over their labels, those of all ranks."""
         constant = self.rows_times_length * self.trainer.accumulate_grad_batches
-        # The gradient is already the mean over ranks; a factor of each rank's own would drive them apart.
+        # The labels are those of all ranks, over which the gradient is a mean and not yet the sum.
         labels = torch.as_tensor(self._pending_labels, dtype=torch.float32, device=self.device)
-        labels = self.trainer.strategy.reduce(labels, reduce_op="mean")
         gradients = [
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
-        torch._foreach_mul_(gradients, constant / labels.clamp_min(1.0))
+        torch._foreach_mul_(gradients, constant * place()[1] / labels.clamp_min(1.0))
         self._pending_labels = 0.0
 
     def configure_gradient_clipping(
@@ -111,7 +119,7 @@ class FitTask(L.LightningModule):
         if self.trainer.precision == "16-mixed" or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            before = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            before = whole(nn.utils.clip_grad_norm_(parameters, gradient_clip_val))
             norm = partial(torch.clone, before)
             self.log("train/grad_norm", before)
         for callback in self.trainer.callbacks:
@@ -122,6 +130,30 @@ class FitTask(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember the constant that `training_step` divides by."""
         self.rows_times_length = batch["labels"].numel()
+
+    def configure_model(self) -> None:
+        """Nothing: how a network is divided among processes is the strategy's business, which asks for this."""
+
+    def whole_network(self) -> nn.Module:
+        """The network in whole tensors: itself, or as it was built with the weights of now. All ranks ask."""
+        if not self.built:
+            return self.network
+        load_whole(self.built[0], whole_state(self.network))
+        return self.built[0]
+
+    @staticmethod
+    def drawn(draw: Callable[[int], Tensor], batch: Batch, training: bool = True) -> Tensor:
+        """Random numbers for the rows of a batch, whichever process they are in: see `own_rows`."""
+        labels = batch["labels"]
+        if training or place()[1] == 1:
+            return own_rows(draw, len(labels))
+        total = summed((labels != -100).any(1).sum())  # the last batch of a validation is smaller
+        return own_rows(draw, len(labels), int(total))
+
+    @property
+    def uses_all(self) -> bool:
+        """Whether every step uses all trained parameters, whatever its rows are."""
+        return True
 
     @property
     def kept_bytes(self) -> int:

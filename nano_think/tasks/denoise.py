@@ -75,8 +75,10 @@ class DenoiseTask(FitTask):
         expert, generator = self.network.expert, self._generator(self.place[0], self._batch_idx)
         target, valid = self.targets(batch)
         x0 = expert.standardise(target)
-        tau = sample_timesteps(tuple(valid.shape), expert.schedule.train_T, generator, self.time_sampler)
-        tau = tau.to(x0.device)
+        train_T, length = expert.schedule.train_T, valid.shape[1]
+        tau = self.drawn(
+            lambda rows: sample_timesteps((rows, length), train_T, generator, self.time_sampler), batch
+        ).to(x0.device)
         x0_hat, prediction, x_tau = self._denoise(batch, x0, tau, generator)
         expert.track_variance(x0_hat, x0, tau, valid)
         sums = {"mse": ((x0_hat - x0).square().mean(-1) * valid).sum()}
@@ -115,11 +117,13 @@ class DenoiseTask(FitTask):
         expert, generator = self.network.expert, self._generator(-1, batch_idx)
         target, valid = self.targets(batch)
         x0 = expert.standardise(target)
-        train_T = expert.schedule.train_T
-        tau = torch.randint(1, train_T + 1, tuple(valid.shape), generator=generator).to(x0.device)
-        self.val_error.update(self._denoise(batch, x0, tau, generator)[0], x0, tau, valid)
+        train_T, length = expert.schedule.train_T, valid.shape[1]
+        tau = self.drawn(
+            lambda rows: torch.randint(1, train_T + 1, (rows, length), generator=generator), batch, False
+        ).to(x0.device)
+        self.val_error.update(self._denoise(batch, x0, tau, generator, False)[0], x0, tau, valid)
         pure = torch.full_like(tau, train_T)
-        self.val_error_pure_noise.update(self._denoise(batch, x0, pure, generator)[0], x0, pure, valid)
+        self.val_error_pure_noise.update(self._denoise(batch, x0, pure, generator, False)[0], x0, pure, valid)
 
     def on_validation_epoch_end(self) -> None:
         """Log the language-model metrics and the errors by noise bucket."""
@@ -131,10 +135,12 @@ class DenoiseTask(FitTask):
         self.log_dict({name: value.float() for name, value in values.items()})
 
     def _denoise(
-        self, batch: Batch, x0: Tensor, tau: Tensor, generator: torch.Generator
+        self, batch: Batch, x0: Tensor, tau: Tensor, generator: torch.Generator, training: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Restored x0, what the network itself predicts (noise, where param is eps), and its input."""
-        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        noise = self.drawn(
+            lambda rows: torch.randn((rows, *x0.shape[1:]), generator=generator), batch, training
+        ).to(x0.device)
         expert = self.network.expert
         x_tau = expert.schedule.add_noise(x0, noise, tau)
         tokens, layout = self.network.embedding(batch["tokens"]), self.layout(batch)

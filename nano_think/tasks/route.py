@@ -111,6 +111,11 @@ class RouteTask(FitTask):
         self.val_routing.reset()
 
     @property
+    def uses_all(self) -> bool:
+        """Not where rows may go without memory."""
+        return self.slots is None
+
+    @property
     def kept_bytes(self) -> int:
         """Of expert outputs in memory."""
         return self.cache.bytes if self.cache and self.cache.folder is None else 0
@@ -158,7 +163,7 @@ class RouteTask(FitTask):
             return memory
         seed = mixed_seed(self.seed, self.place[1])
         generator = torch.Generator().manual_seed(seed)
-        keep = torch.rand(len(batch["tokens"]), generator=generator) >= dropout
+        keep = self.drawn(lambda rows: torch.rand(rows, generator=generator), batch) >= dropout
         return memory.dropped(keep.to(batch["tokens"].device))
 
 

@@ -110,7 +110,9 @@ def test_an_epoch_is_the_split_once_in_tokens(make) -> None:
     tokens = sum(len(t.encode()) + 2 for texts in TEXTS["expert_train"].values() for t in texts)
     assert module.steps_per_epoch == int(np.ceil(tokens / (4 * 16))) == len(module.train_dataloader())
     assert len(list(module.train_dataloader())) == module.steps_per_epoch
-    assert as_rank(module, 0, 2).steps_per_epoch == int(np.ceil(tokens / (2 * 4 * 16)))
+    assert as_rank(module, 0, 2).steps_per_epoch == int(
+        np.ceil(tokens / (4 * 16))
+    )  # the batch is that of all
 
 
 def test_order_depends_on_the_seed_alone(make) -> None:
@@ -136,7 +138,7 @@ def test_zero_and_four_workers_give_the_same_order(make) -> None:
     ids=["equal", "proportional", "weights"],
 )
 def test_shares_of_ten_thousand_rows_on_two_ranks_and_after_a_resume(make, mixing, weights) -> None:
-    options = {"batch_size": 100, "seq_len": 8, "mixing": mixing}
+    options = {"batch_size": 200, "seq_len": 8, "mixing": mixing}
     ranks = [as_rank(make(**options), rank, 2, processed=3) for rank in range(2)]
     if weights is None:
         weights = [ranks[0].shards.num_tokens("expert_train", name) for name in ranks[0].domains]
@@ -153,16 +155,33 @@ def test_shares_of_ten_thousand_rows_on_two_ranks_and_after_a_resume(make, mixin
 
 
 def test_ranks_get_disjoint_shares_of_the_same_sequence(make) -> None:
-    single = [row for batch in contents(make(batch_size=8).train_dataloader()) for row in batch]
-    first, second = (
-        [row for batch in contents(as_rank(make(), rank, 2).train_dataloader()) for row in batch]
-        for rank in (0, 1)
-    )
-    interleaved = [row for pair in zip(first, second, strict=True) for row in pair]
-    assert interleaved == single
-    whole = [row for batch in contents(make().val_dataloader()) for row in batch]
-    parts = [contents(as_rank(make(), rank, 2).val_dataloader()) for rank in (0, 1)]
-    assert sorted(row for part in parts for batch in part for row in batch) == sorted(whole)
+    single = contents(make().train_dataloader())
+    ranks = [contents(as_rank(make(), rank, 2).train_dataloader()) for rank in (0, 1)]
+    assert all(len(batch) == 2 for rank in ranks for batch in rank)
+    assert [
+        [row for pair in zip(*both, strict=True) for row in pair] for both in zip(*ranks, strict=True)
+    ] == single
+    with pytest.raises(UserError, match="a batch of 4 rows cannot be divided among 3 processes"):
+        as_rank(make(), 0, 3).train_dataloader()
+
+
+@pytest.mark.parametrize("val_rows", [1, 2, 3], ids=["fewer rows than places", "even", "odd"])
+def test_ranks_share_an_evaluation_and_take_equally_many_steps(make, val_rows) -> None:
+    def batches(rank: int, world: int) -> list[list[list[int]]]:
+        loader = as_rank(make(batch_size=world * 2, val_rows=val_rows), rank, world).val_dataloader()
+        masked = [bool((batch["labels"] == -100).all()) for batch in loader]
+        rows = [batch["tokens"].tolist() for batch in loader]
+        assert not any(masked[:-1])  # only the last step may have nothing to do
+        return [*rows[: len(rows) - masked[-1]], *[[]] * masked[-1]]
+
+    for world in (2, 4):
+        whole = contents(as_rank(make(batch_size=world * 2, val_rows=val_rows), 0, 1).val_dataloader())
+        ranks = [batches(rank, world) for rank in range(world)]
+        assert {len(rank) for rank in ranks} == {len(whole)}
+        for number, batch in enumerate(whole):
+            parts = [rank[number] for rank in ranks]
+            assert [parts[place % world][place // world] for place in range(len(batch))] == batch
+            assert sum(map(len, parts)) == len(batch)
 
 
 def test_evaluation_covers_each_token_once_and_keeps_the_last_batch(make) -> None:
@@ -343,7 +362,7 @@ def test_two_processes_of_lightning_see_disjoint_rows(make, tmp_path) -> None:
     )
     trainer.fit(Writer(), make())
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    single = make(batch_size=8)
+    single = make()
     batches = single.train_dataloader().dataset
     assert len(first) == 2 * single.steps_per_epoch
     for number, (left, right) in enumerate(zip(first, second, strict=True)):
