@@ -16,6 +16,7 @@ from nano_think.artifacts.checkpoint import load_tensors, save_tensors
 from nano_think.errors import UserError
 from nano_think.files import atomic_dir, write_json
 from nano_think.nn.finite import first_nonfinite
+from nano_think.ops.processes import apart, summed
 
 ADVICE = "a lower learning rate, precision=32-true or a longer warm-up often help"
 
@@ -90,6 +91,7 @@ class FiniteGuard(L.Callback):
         """Let the step be taken, or end the fit."""
         # a loss scale of fp16 finds its own way past infinite gradients
         total = torch.as_tensor(self._loss) + (0.0 if trainer.precision == "16-mixed" else norm())
+        total = summed(total)  # all processes end together, or none
         batches, self._batches, self._loss = self._batches, [], 0.0
         if not torch.isfinite(total):
             raise UserError(self._explained(trainer, pl_module, batches))
@@ -98,6 +100,11 @@ class FiniteGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batches: list[tuple[Any, Place]]
     ) -> str:
         step = batches[-1][1].step
+        if pl_module.built:
+            return (
+                f"{self.label} is not finite at step {step}; of a network divided among processes no module is "
+                f"named, strategy=ddp would; {ADVICE}"
+            )
         for batch, place in batches:
             found = _first(trainer, pl_module, batch, place)
             if found is not None:
@@ -148,6 +155,7 @@ def _first(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, place: 
     with (
         torch.random.fork_rng(),
         pl_module.aside(),
+        apart(),
         pl_module.at((place.epoch, place.batch), place.batch_idx),
     ):
         return first_nonfinite(pl_module.network, loss)

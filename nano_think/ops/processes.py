@@ -5,7 +5,8 @@ Row i of rank r is row i * world + r of the global batch, see `data.sampler`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +21,23 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
+_apart = False
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """What is computed in here asks no other process; which rows are this one's stays as it is."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
 def summed(values: Tensor) -> Tensor:
-    """The sum of `values` over all processes, without gradient. Every process has to ask."""
-    if place()[1] == 1:
+    """The sum of `values` over all processes, without gradient. Every process has to ask, but in `apart`."""
+    if _apart or place()[1] == 1:
         return values
     total = values.detach().clone()
     dist.all_reduce(total)

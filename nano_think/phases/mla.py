@@ -51,11 +51,16 @@ def last_stage(run: Run) -> str:
     return "7d" if run.cfg.model.retrieval.k else "7c"
 
 
-def mla_maker(run: Run, stage: str) -> Maker:
-    """The fused model after `stage`, on top of the stage before it; UserError for settings that leak."""
+def stage_numbers(run: Run, stage: str) -> dict[str, Any]:
+    """The numbers of a stage's fit, as `Fit` takes them."""
     training = run.plain(run.cfg.training.mla)
     own = training.get(f"stage_{stage}", {})
-    numbers = {**training, "lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "max_steps": None, **own}
+    return {**training, "lr": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "max_steps": None, **own}
+
+
+def mla_maker(run: Run, stage: str) -> Maker:
+    """The fused model after `stage`, on top of the stage before it; UserError for settings that leak."""
+    training, numbers = run.plain(run.cfg.training.mla), stage_numbers(run, stage)
     fit = Fit(run, shards_maker(run), numbers, f"mla_{stage}", train_split=SPLIT, key="training.mla")
     spec = {"experts": list(run.cfg.expert.names), "seed": run.cfg.seed}
     needs: dict[str, Maker] = {"shards": fit.shards}

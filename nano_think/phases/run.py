@@ -29,6 +29,7 @@ from typing import Any
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -51,6 +52,10 @@ WITH_MLA = {"mla", "finetune", "eval", "audit", "generate", "pipeline", "study"}
 HANDED_ON = {"trainer.devices", "trainer.num_nodes", "trainer.accelerator"}
 # Phases that train in this process or in several; the others evaluate and write, or start processes themselves.
 TRAINING = ("expert", "mla", "finetune", "pipeline")
+
+
+# The strategy that prints what a fit would take instead of training.
+PLAN = "nano_think.phases.plan.Plan"
 
 
 class Followed(Exception):
@@ -330,7 +335,10 @@ def run_phase(cfg: DictConfig) -> float | None:
     run.record(command=["train.py", *run.overrides], seed=cfg.seed, **versions(), status="running")
     module, _, name = cfg.phase.run.rpartition(".")
     try:
-        result = getattr(import_module(module), name)(run)
+        if cfg.strategy._target_ == PLAN:
+            result = instantiate(cfg.strategy)(run)
+        else:
+            result = getattr(import_module(module), name)(run)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         run.record(status=status, error=str(error), artifacts=run.used)
@@ -342,6 +350,12 @@ def run_phase(cfg: DictConfig) -> float | None:
 
 def number_of_processes(cfg: DictConfig) -> int:
     """How many processes the fits of a run take; UserError for settings that contradict each other."""
+    if cfg.strategy._target_ == PLAN:
+        if cfg.phase.name not in TRAINING:
+            raise UserError(
+                f"phase={cfg.phase.name} trains nothing that could be planned: leave out strategy=plan"
+            )
+        return 1
     devices = cfg.trainer.devices
     per_machine = devices if isinstance(devices, int) and not isinstance(devices, bool) else 0
     if OmegaConf.is_list(devices):

@@ -68,6 +68,7 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
     planned, per_epoch = fit.steps(data)
     ranks, network = fit.run.ranks, task.network
     strategy = instantiate(fit.run.cfg.strategy, world=ranks.world, uses_all=task.uses_all)
+    task.scaled_before = _gradients_out_of_reach(fit, strategy)
     cost = cost_of(fit, task, data)
     max_steps = within_budget(fit, cost, planned)
     interval = _interval(fit, max_steps, per_epoch)
@@ -117,6 +118,16 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
     fit.run.record_fit(fit.label, peak_memory_gb=result["peak_memory_gb"])
     fit.run.say(f"[dim]{fit.label}: {result['peak_memory_gb']:.2f} GB at the peak[/dim]")
     return result
+
+
+def _gradients_out_of_reach(fit: Fit, strategy: Any) -> bool:
+    """Whether the strategy lets nobody scale gradients; UserError for settings that it cannot carry out."""
+    kind = type(strategy).__name__
+    if kind == "FullyShard" and fit.run.cfg.compile:
+        raise UserError("compile=true and strategy=fsdp2 do not go together: leave one out")
+    if kind == "DeepSpeedStrategy" and fit.accumulate > 1:
+        raise UserError("strategy=deepspeed takes steps of one batch: set trainer.accumulate_grad_batches=1")
+    return kind == "DeepSpeedStrategy"
 
 
 def _prepare(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[str, Any]:

@@ -53,6 +53,9 @@ class FitTask(L.LightningModule):
         # The network as it was built, where a strategy trains a copy whose tensors are divided among processes.
         # In a tuple, so that it is no part of the module's state.
         self.built: tuple[nn.Module, ...] = ()
+        # Whether gradients are out of reach between backward pass and step, as in the engine of DeepSpeed, which
+        # also clips them. A step then has one micro-batch.
+        self.scaled_before = False
 
     @property
     def place(self) -> tuple[int, int]:
@@ -90,10 +93,14 @@ class FitTask(L.LightningModule):
         self.log("train/loss", means.pop("train/loss"), prog_bar=True)
         if means:
             self.log_dict(means)
+        if self.scaled_before:
+            return sums["loss"] * (place()[1] / labels.clamp_min(1))
         return sums["loss"] / batch["labels"].numel()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the scaled sums of all micro-batches into the mean over their labels, those of all ranks."""
+        if self.scaled_before:
+            return
         constant = self.rows_times_length * self.trainer.accumulate_grad_batches
         # The labels are those of all ranks, over which the gradient is a mean and not yet the sum.
         labels = torch.as_tensor(self._pending_labels, dtype=torch.float32, device=self.device)
@@ -114,6 +121,8 @@ class FitTask(L.LightningModule):
         Lightning refuses to clip for fused optimizers under mixed precision, because some of them undo a loss
         scale inside their step. bf16 needs no loss scale, and fp16, which does, is left to Lightning's refusal.
         """
+        if self.scaled_before:
+            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = partial(_norm, parameters)
         if self.trainer.precision == "16-mixed" or gradient_clip_algorithm == "value":
@@ -195,4 +204,4 @@ class FitTask(L.LightningModule):
 
 def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """That of all gradients together."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))

@@ -105,6 +105,19 @@ def test_types_of_parameters_and_gradients_are_those_asked_for(objective, data, 
     assert (strategy.policy.param_dtype, strategy.policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
 
+def test_a_loss_scaled_before_the_backward_pass_gives_the_same_gradient(objective, data, trainer):
+    """For engines that keep gradients to themselves; clipping is theirs too."""
+    states = []
+    for before in (False, True):
+        task = objective("transformer")
+        task.scaled_before = before
+        # SGD, for Adam forgives a scale
+        task.make_optimizer = lambda network: torch.optim.SGD(network.parameters(), lr=0.5)
+        trainer(max_steps=3, limit_val_batches=0).fit(task, datamodule=data(mode="padded"))
+        states.append(task.network.state_dict())
+    close(*states)
+
+
 def test_a_state_of_other_names_is_refused():
     with pytest.raises(KeyError, match="a state of other names"):
         load_whole(torch.nn.Linear(2, 2), {"weight": torch.zeros(2, 2)})
