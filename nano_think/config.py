@@ -6,7 +6,6 @@ Only the top level is typed here: below it, the signature of the class that a no
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nano_think.errors import UserError
+from nano_think.limits import WITHOUT_NETWORK, check_values
+from nano_think.signatures import check_keywords, located, parameters, short
 
 CHOICES = {
     "stage": ("7a", "7b", "7c", "7d", "all"),
@@ -37,6 +38,11 @@ CHOICES = {
 QUANTIZING = ("eval", "generate")
 # Nodes whose ??? is supplied by the fit.
 SUPPLIED = ("callbacks", "logger")
+# What holds settings; `study` and `prereq` may be empty.
+GROUPS = (
+    "phase", "expert", "experts", "training", "per_size", "size", "data", "tokenizer", "model", "optimizer",
+    "schedule", "trainer", "callbacks", "logger", "eval", "generate", "study", "prereq", "memory", "guards", "run",
+)  # fmt: skip
 # Text that Hydra's grammar must not interpret, and paths that it need not.
 TEXTS = ("prompt",)
 PATHS = ("prompt_file", "ckpt", "data.root", "run.root", "run.dir", "tokenizer.path", "memory.session")
@@ -118,34 +124,70 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
-def validate(cfg: DictConfig) -> None:
-    """Raise UserError for a value that no phase could use."""
+def validate(cfg: DictConfig, groups: Iterable[str] = ()) -> None:
+    """Raise UserError for a value that no phase could use.
+
+    groups: top-level keys that somebody has touched, of which also what only a costly import can tell is checked.
+    """
+    try:
+        stated = OmegaConf.to_container(cfg, resolve=False)
+        for key in _unset(stated):
+            if not key.startswith(SUPPLIED):
+                raise UserError(f"{key} has no default: add {key}=... to the command")
+        values: Any = OmegaConf.to_container(cfg, resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UserError(_one_line(error)) from error
+    _check_structure(values)
     for key, choices in CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value not in choices:
+            hint = _nearest(str(value), choices)
+            raise UserError(f"{key}={short(value)} is not one of {', '.join(choices)}{hint}")
+    phase, expert = values["phase"], values["expert"]
+    if values["quantize"] != "none" and phase["name"] not in QUANTIZING:
+        raise UserError(
+            f"quantize={values['quantize']} is for finished models, phase={phase['name']} is not one that runs "
+            f"them: use it with phase={' or phase='.join(QUANTIZING)}"
+        )
+    if len(expert["names"]) < phase["experts_at_least"]:
+        raise UserError(
+            f"phase={phase['name']} mixes experts, expert={expert['name']} is a single one: use expert=all, "
+            f"or train this one with `python train.py phase=expert expert={expert['name']}`"
+        )
+    networks = () if phase["name"] in WITHOUT_NETWORK else ("experts", "model")
+    check_keywords(values, {*networks, "data", *groups} & set(values))
+    check_values(values)
+
+
+def _check_structure(values: dict[str, Any]) -> None:
+    """Raise UserError where a group is none, and for phases and experts that do not exist."""
+    for key in GROUPS:
+        if not isinstance(values.get(key), dict):
+            raise UserError(f"{key}={short(values.get(key))} must be a group of settings: leave it as it was")
+    kinds = {
+        "phase.name": str,
+        "phase.run": str,
+        "phase.experts_at_least": int,
+        "expert.name": str,
+        "expert.names": list,
+    }
+    for path, kind in kinds.items():
+        group, _, key = path.partition(".")
+        if not isinstance(values[group].get(key), kind):
             raise UserError(
-                f"{key}={value} is not one of {', '.join(choices)}{_nearest(str(value), choices)}"
+                f"{path}={short(values[group].get(key))} is nothing to go by: choose one with {group}="
             )
-    if cfg.quantize != "none" and cfg.phase.name not in QUANTIZING:
+    names = values["expert"]["names"]
+    known = [name for name in values["experts"] if name in values["training"]]
+    if not names or any(name not in known for name in names) or len(set(names)) < len(names):
         raise UserError(
-            f"quantize={cfg.quantize} is for finished models, phase={cfg.phase.name} is not one that runs them: "
-            f"use it with phase={' or phase='.join(QUANTIZING)}"
+            f"expert.names={short(names)} must name some of {', '.join(known)}, each once: use expert="
         )
-    if len(cfg.expert.names) < cfg.phase.experts_at_least:
+    function = values["phase"]["run"]
+    if not function.startswith("nano_think.phases."):
         raise UserError(
-            f"phase={cfg.phase.name} mixes experts, expert={cfg.expert.name} is a single one: use expert=all, "
-            f"or train this one with `python train.py phase=expert expert={cfg.expert.name}`"
+            f"phase.run={short(function)} must name a function below nano_think.phases: use phase="
         )
-    for key in ("seed", "expert_seed"):
-        if cfg[key] is not None and cfg[key] < 0:
-            raise UserError(f"{key} must not be negative")
-    for key in _unset(OmegaConf.to_container(cfg, resolve=False)):
-        if not key.startswith(SUPPLIED):
-            raise UserError(f"{key} has no default: add {key}=... to the command")
-    try:
-        OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from error
 
 
 def checked_overrides(arguments: list[str], config_dir: Path) -> list[str]:
@@ -158,6 +200,9 @@ def checked_overrides(arguments: list[str], config_dir: Path) -> list[str]:
 
     Raises UserError, in one sentence, for unknown groups, options, keys and broken values.
     """
+    for argument in arguments:
+        if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+            raise UserError(f"{short(argument)} is not valid UTF-8: type it in UTF-8, or name a file that is")
     flags, overrides = _split(arguments)
     if any(flag in FLAGS_OF_HYDRA for flag in flags):
         return arguments
@@ -172,8 +217,22 @@ def checked_overrides(arguments: list[str], config_dir: Path) -> list[str]:
     if checked != choices:
         cfg = _compose(checked, config_dir)
     if "--cfg" not in flags and "-c" not in flags:
-        validate(cfg)
+        validate(cfg, {_key(override).split(".")[0] for override in checked})
+        for settings in _handed_on(checked).values():
+            changed = {_key(setting) for setting in settings}
+            own = [override for override in checked if _key(override) not in changed]
+            validate(_compose([*own, *settings], config_dir), {key.split(".")[0] for key in changed})
     return [*flags, *checked]
+
+
+def _handed_on(overrides: list[str]) -> dict[str, list[str]]:
+    """The settings of `prereq.<name>.<setting>=`, by name."""
+    handed: dict[str, list[str]] = {}
+    for override in overrides:
+        if _key(override).startswith("prereq."):
+            _, name, setting = override.split(".", 2)
+            handed.setdefault(name, []).append(f"++{setting}" if "." in setting.split("=")[0] else setting)
+    return handed
 
 
 def _compose(overrides: list[str], config_dir: Path) -> DictConfig:
@@ -183,7 +242,9 @@ def _compose(overrides: list[str], config_dir: Path) -> DictConfig:
         first = [_first(override) for override in overrides if not _is_glob(override)]
         with initialize_config_dir(str(config_dir / "conf"), version_base="1.3"):
             return compose("config", [*first, f"hydra.searchpath=[file://{config_dir}]"])
-    except (HydraException, OmegaConfBaseException) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what Hydra says of odd values comes in exceptions of every kind
         raise UserError(_one_line(error)) from error
 
 
@@ -231,8 +292,8 @@ def _first(override: str) -> str:
     """The override of the first job where `override` is a sweep."""
     try:
         parsed = OverridesParser.create().parse_override(override)
-    except HydraException as error:
-        raise UserError(f"the value in {override!r} cannot be read: {_one_line(error)}") from error
+    except (HydraException, ValueError, RecursionError) as error:
+        raise UserError(f"the value in {short(override)} cannot be read: {_one_line(error)}") from error
     if not parsed.is_sweep_override():
         return override
     return f"{override.partition('=')[0]}={next(parsed.sweep_string_iterator())}"
@@ -258,7 +319,7 @@ def _checked(override: str, cfg: DictConfig, groups: set[str]) -> str:
     if mark == "~" or key.startswith(("hydra.", "hydra/")):
         return override
     if not equals:
-        raise UserError(f"'{override}' is not a setting: write key=value")
+        raise UserError(f"'{short(override)}' is not a setting: write key=value")
     if key.startswith("prereq."):
         _check_prerequisite(key, value, cfg, groups)
         return f"++{key}={value}"
@@ -271,7 +332,7 @@ def _checked(override: str, cfg: DictConfig, groups: set[str]) -> str:
             known = [".".join([*path[:depth], child]) for child in _children(node)]
             known += sorted(groups) if depth == 0 else []
             hint = _nearest(key, known) or f" (valid here: {', '.join(sorted(known)[:12])})" * bool(known)
-            raise UserError(f"there is no setting '{key}'{hint}")
+            raise UserError(f"there is no setting '{short(key)}'{hint}")
         try:
             node = node[part]
         except OmegaConfBaseException:
@@ -318,10 +379,7 @@ def _children(node: Any) -> set[str]:
 
 def _parameters(node: DictConfig) -> list[inspect.Parameter]:
     """The parameters of the class or function that a node names, none where it names nothing."""
-    if "_target_" not in node:
-        return []
-    module, _, name = str(node["_target_"]).rpartition(".")
-    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters.values())
+    return parameters(located(str(node["_target_"]))) if "_target_" in node else []
 
 
 def _unset(node: Any, prefix: str = "") -> Iterator[str]:
@@ -341,6 +399,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 def _one_line(error: Exception) -> str:
     """What Hydra says and why, on one line, without its advice on environment variables."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
-    lines = [line.strip().rstrip(".:") for line in f"{error}\n{cause}".splitlines()]
+    lines = [short(line.strip().rstrip(".:"), 300) for line in f"{error}\n{cause}".splitlines()]
     noise = ("Set the environment variable", "full_key:", "object_type=")
-    return ": ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+    said = ": ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+    return said or f"the settings cannot be read ({type(error).__name__})"

@@ -43,7 +43,7 @@ def composed(*arguments: str) -> DictConfig:
         (["data=jsonl"], ["data.root has no default"]),
         (["tokenizer=gpt2"], ["tokenizer.path has no default"]),
         (["seed=abc"], ["seed=abc", "Integer"]),
-        (["seed=-1"], ["seed must not be negative"]),
+        (["seed=-1"], ["seed=-1 must be a whole number from 0"]),
         (["model.router.tau=["], ["model.router.tau=["]),
         (["phases"], ["'phases' is not a setting"]),
         (["~experts.foo"], ["experts.foo"]),

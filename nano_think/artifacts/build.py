@@ -86,8 +86,8 @@ def check(spec: Any, where: str) -> None:
     try:
         with torch.device("meta"):
             build(spec)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {error}") from error
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
 def complete(spec: Any) -> Any:

@@ -317,10 +317,10 @@ def run_phase(cfg: DictConfig) -> float | None:
 
     Returns the phase's `objective` (for sweepers), if it has one.
     """
-    validate(cfg)
+    job = HydraConfig.get()
+    validate(cfg, {_group(override) for override in job.overrides.task})
     if cfg.phase.name == "expert" and cfg.expert_seed is not None:
         cfg.seed = cfg.expert_seed
-    job = HydraConfig.get()
     overrides, directory = list(job.overrides.task), Path(job.runtime.output_dir)
     sweeping = job.mode == RunMode.MULTIRUN
     world = number_of_processes(cfg)

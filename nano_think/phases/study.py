@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nano_think.evals.report import Table, render_table
+from nano_think.limits import check_study
 from nano_think.phases.data import load_shards, loader_settings, shards_maker
 from nano_think.phases.run import Run
 from nano_think.phases.study_evidence import evidence_maker
@@ -18,7 +19,7 @@ from nano_think.phases.study_kept import Kept
 from nano_think.phases.study_measure import losses_maker
 from nano_think.phases.study_plan import Plan
 from nano_think.phases.study_record import draw, record_settings, write_record
-from nano_think.phases.study_settings import check_settings, check_text
+from nano_think.phases.study_settings import check_text
 from nano_think.phases.study_tuning import Trial, chosen, tune
 
 SPLITS = ("validation", "test")
@@ -34,7 +35,7 @@ def run(run: Run) -> dict[str, Any]:
     settings = run.plain(run.cfg.study)
     if settings["redraw"]:
         return {"report": str(draw(Path(settings["out"]), run))}
-    check_settings(settings)
+    check_study(settings)
     shards = shards_maker(run)
     run.obtain(shards, named=True)
     text = load_shards(run, shards)

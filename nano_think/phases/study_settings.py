@@ -1,4 +1,4 @@
-"""What a study may be asked: settings and text with which it cannot end well are refused before the first fit."""
+"""Text with which a study cannot end well is refused before its first fit."""
 
 from __future__ import annotations
 
@@ -8,38 +8,6 @@ from typing import Any
 from nano_think.data.sampler import mixing_shares
 from nano_think.data.shards import Shards
 from nano_think.errors import UserError
-
-# the least that each number may be
-LEAST = {"expert_tokens": 1, "fusion_tokens": 1, "evidence_tokens": 10, "pool": 2, "workers": 1, "rows": 1}
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise UserError for values of the `study` node that mean nothing."""
-    for key, least in LEAST.items():
-        value = settings[key]
-        if key == "rows" and value is None:
-            continue
-        if not _whole(value) or value < least:
-            raise UserError(f"study.{key}={value} is not a whole number of at least {least}")
-    seeds = settings["seeds"]
-    if not isinstance(seeds, list) or not seeds or not all(_whole(seed) and seed >= 0 for seed in seeds):
-        raise UserError(f"study.seeds={seeds} names no seeds: give whole numbers from 0 on, as [1, 2, 3]")
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"study.seeds={seeds} names a seed twice, which would count as two: name each once")
-    tuning = settings["tuning"]
-    for key in ("factors", "fusion_factors"):
-        if not tuning[key] or not all(factor > 0 for factor in tuning[key]):
-            raise UserError(f"study.tuning.{key}={tuning[key]}: give at least one factor, all above 0")
-    if not all(0 <= dropout < 1 for dropout in tuning["dropouts"]):
-        raise UserError(
-            f"study.tuning.dropouts={tuning['dropouts']}: give shares of units, from 0 to below 1"
-        )
-    if not all(0 < horizon <= 1 for horizon in tuning["horizons"]):
-        raise UserError(
-            f"study.tuning.horizons={tuning['horizons']}: give shares of a budget, above 0, at most 1"
-        )
-    if not 0 < tuning["share"] <= 1:
-        raise UserError(f"study.tuning.share={tuning['share']} is no share: give a number above 0, at most 1")
 
 
 def check_text(shards: Shards, settings: Mapping[str, Any], loader: Mapping[str, Any], seq_len: int) -> None:
@@ -68,7 +36,3 @@ def check_text(shards: Shards, settings: Mapping[str, Any], loader: Mapping[str,
     for split in ("validation", "test"):
         if shards.num_tokens(split) == 0:
             raise UserError(f"the {split} split holds no text, so nothing could be measured: add documents")
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -5,7 +5,8 @@ import copy
 import pytest
 
 from nano_think.errors import UserError
-from nano_think.phases.study_settings import check_settings, check_text
+from nano_think.limits import check_study
+from nano_think.phases.study_settings import check_text
 
 GOOD = {
     "expert_tokens": 6400, "fusion_tokens": 1600, "evidence_tokens": 2000, "pool": 2, "workers": 1, "rows": None,
@@ -48,10 +49,10 @@ def changed(path, value):
     ],
 )
 def test_settings_that_mean_nothing_are_refused_by_name(path, value):
-    check_settings(GOOD)
-    check_settings(changed("seeds", [7]))
+    check_study(GOOD)
+    check_study(changed("seeds", [7]))
     with pytest.raises(UserError, match=rf"study\.{path}={str(value)[:4]}".replace("[", r"\[")):
-        check_settings(changed(path, value))
+        check_study(changed(path, value))
 
 
 class Text:

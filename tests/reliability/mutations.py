@@ -55,7 +55,7 @@ class Tally:
     """What became of the inputs of one format.
 
     reached: inputs that were read and judged by what they mean. growth_mb: of the process's largest memory, from
-    the first fifth of the inputs to the last. slowest: seconds of one input.
+    the first fifth of the inputs to the last. slowest: CPU seconds of one input.
     """
 
     name: str
@@ -101,7 +101,7 @@ def campaign(
 
 def _one(tally: Tally, number: int, case: Case, judge: Callable[[Any, Callable[[], None]], None]) -> None:
     came: list[bool] = []
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         with patience(PATIENCE):
             judge(case.data, lambda: came.append(True))
@@ -113,7 +113,7 @@ def _one(tally: Tally, number: int, case: Case, judge: Callable[[Any, Callable[[
     except (Exception, SystemExit) as error:
         place = "".join(traceback.format_tb(error.__traceback__)[-2:])
         _find(tally, number, case, f"{type(error).__name__}: {error}\n{place}")
-    tally.slowest = max(tally.slowest, time.perf_counter() - started)
+    tally.slowest = max(tally.slowest, time.process_time() - started)
     tally.reached += bool(came)
 
 

@@ -13,6 +13,21 @@ from nano_think.ops.layout import Layout
 from nano_think.ops.rope import RopeLayout, apply_rope
 
 
+def head_width(d_model: int, num_heads: int, head_dim: int | None = None) -> int:
+    """Coordinates a head: `head_dim`, or the equal share of d_model.
+
+    Raises ValueError where there is none, or it is odd: rotary embedding turns pairs.
+    """
+    if head_dim is None and d_model % num_heads:
+        raise ValueError(f"num_heads {num_heads} must divide d_model {d_model}")
+    head_dim = head_dim or d_model // num_heads
+    if head_dim % 2:
+        raise ValueError(
+            f"{num_heads} heads of {head_dim} coordinates: a head must have an even number of them"
+        )
+    return head_dim
+
+
 class CausalSelfAttention(nn.Module):
     """Attention over the earlier tokens of the same document.
 
@@ -30,7 +45,7 @@ class CausalSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self.head_dim = head_dim or d_model // num_heads
+        self.head_dim = head_width(d_model, num_heads, head_dim)
         self.rope_theta, self.rope_layout = rope_theta, rope_layout
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {num_kv_heads} must divide num_heads {num_heads}")

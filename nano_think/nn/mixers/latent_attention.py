@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nano_think.cache import AppendState
 from nano_think.nn.flops import Product, Reach, attention_products, products_of
+from nano_think.nn.mixers.attention import head_width
 from nano_think.nn.norm import RMSNorm
 from nano_think.nn.slots import OwnSlotReader, SlotReader, SlotReaderKind, Slots, visible_slots
 from nano_think.ops.attention import attention, offset_causal_mask
@@ -208,9 +209,11 @@ class LatentAttention(nn.Module):
         super().__init__()
         if slot_reader not in ("shared", "own"):
             raise ValueError(f"slot_reader must be shared or own, not {slot_reader!r}")
-        head_dim = head_dim or d_model // num_heads
+        head_dim = head_width(d_model, num_heads, head_dim)
         latent_dim = latent_dim or d_model // 3
         rope_dim = head_dim // 2 if rope_dim is None else rope_dim
+        if kv == "latent" and rope_dim % 2:
+            raise ValueError(f"rope_dim {rope_dim} (half of a head where it is not given) must be even")
         rotation = Rotation(rope_theta, rope_layout)
         self.heads: LatentHeads | DirectHeads
         if kv == "latent":
