@@ -304,7 +304,9 @@ def check_study(settings: Mapping[str, Any]) -> None:
         if not isinstance(tuning[key], list) or not tuning[key] or not all(map(POSITIVE.takes, tuning[key])):
             raise UserError(f"study.tuning.{key}={short(tuning[key])}: give at least one factor, all above 0")
     dropouts = tuning["dropouts"]
-    if not isinstance(dropouts, list) or not all(SHARE.takes(dropout) and dropout < 1 for dropout in dropouts):
+    if not isinstance(dropouts, list) or not all(
+        SHARE.takes(dropout) and dropout < 1 for dropout in dropouts
+    ):
         raise UserError(f"study.tuning.dropouts={short(dropouts)}: give shares of units, from 0 to below 1")
     horizons = tuning["horizons"]
     if not isinstance(horizons, list) or not all(map(Real(0, 1, above=True).takes, horizons)):

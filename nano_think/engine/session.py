@@ -21,7 +21,13 @@ from nano_think.errors import UserError
 from nano_think.files import write_json
 from nano_think.model import NanoThink
 from nano_think.nn.quantized import Kind
+from nano_think.signatures import short
 from nano_think.vector_records import Reader, session_id
+
+# Characters of a prompt that are read; no context holds a share of that.
+LONGEST_PROMPT = 16 << 20
+# File systems end a name at 255 bytes.
+NAME_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,10 @@ class Continuation:
 
 def session_folder(root: Path, name: str) -> Path:
     """The folder below `root` that a session is kept in; raises UserError for a name that leads elsewhere."""
-    if not re.fullmatch(r"\w[\w .-]*", name):
+    if not re.fullmatch(r"\w[\w .-]*", name) or len(name.encode()) > NAME_BYTES:
         raise UserError(
-            f"memory.session={name} names no session: use letters, digits, blanks, '.', '_' and '-', "
-            "beginning with a letter or digit"
+            f"memory.session={short(name)} names no session: use letters, digits, blanks, '.', '_' and '-', "
+            f"beginning with a letter or digit, at most {NAME_BYTES} bytes"
         )
     return root / name
 
@@ -165,23 +171,27 @@ def _continuation(
 def read_prompt(prompt: str | None, prompt_file: str | None, stdin: TextIO) -> str:
     """The prompt from the argument, from a file, or from standard input where it is piped; empty otherwise.
 
-    Raises UserError where two sources are given, or the file cannot be read as UTF-8 text.
+    Raises UserError where two sources are given, and for what is no UTF-8 text or longer than `LONGEST_PROMPT`.
     """
     if prompt is not None and prompt_file is not None:
         raise UserError("give the prompt by prompt= or by prompt_file=, not by both")
-    if prompt_file is not None:
-        try:
-            return Path(prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"prompt_file={prompt_file} cannot be read ({error}): name a UTF-8 text file"
-            ) from error
-    if prompt is not None:
-        return prompt
+    source, text = "the prompt", prompt or ""
     try:
-        return "" if stdin is None or stdin.isatty() else stdin.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input cannot be read ({error}): pipe UTF-8 text into it") from error
+        if prompt_file is not None:
+            source = f"prompt_file={short(prompt_file)}"
+            with open(prompt_file, encoding="utf-8-sig") as file:
+                text = file.read(LONGEST_PROMPT + 1)
+        elif prompt is None and stdin is not None and not stdin.isatty():
+            source = "standard input"
+            text = stdin.read(LONGEST_PROMPT + 1)
+        text.encode()
+    except (OSError, ValueError) as error:  # the second for names with a NUL and for what is no UTF-8
+        raise UserError(f"{source} cannot be read ({short(error, 200)}): give UTF-8 text") from error
+    if len(text) > LONGEST_PROMPT:
+        raise UserError(
+            f"{source} is longer than {LONGEST_PROMPT} characters, which no model reads: shorten it"
+        )
+    return text
 
 
 def save_continuations(path: Path, continuations: list[Continuation], mark: str = "") -> None:
