@@ -177,11 +177,11 @@ def check_values(values: Mapping[str, Any]) -> None:
     rules = dict(LIMITS)
     for name in values["experts"]:
         rules |= {f"training.{name}.{key}": rule for key, rule in FIT.items()}
-    if "mla" in values["training"]:
-        rules |= {f"training.mla.{key}": rule for key, rule in MLA.items()}
-    for path, rule in rules.items():
+    mla = {f"training.mla.{key}": rule for key, rule in MLA.items()}
+    mixes = _has(values, "training.mla.per_size")  # phases that do not may have a setting of it handed on
+    for path, rule in (rules | mla if mixes else rules).items():
         _check(path, _select(values, path), rule)
-    for path, rule in OPTIONAL.items():
+    for path, rule in (OPTIONAL if mixes else OPTIONAL | mla).items():
         if _has(values, path):
             _check(path, _select(values, path), rule)
     _check_needs(values)
@@ -310,7 +310,9 @@ def check_study(settings: Mapping[str, Any]) -> None:
         raise UserError(f"study.tuning.dropouts={short(dropouts)}: give shares of units, from 0 to below 1")
     horizons = tuning["horizons"]
     if not isinstance(horizons, list) or not all(map(Real(0, 1, above=True).takes, horizons)):
-        raise UserError(f"study.tuning.horizons={short(horizons)}: give shares of a budget, above 0, at most 1")
+        raise UserError(
+            f"study.tuning.horizons={short(horizons)}: give shares of a budget, above 0, at most 1"
+        )
     if not Real(0, 1, above=True).takes(tuning["share"]):
         raise UserError(
             f"study.tuning.share={short(tuning['share'])} is no share: give a number above 0, at most 1"

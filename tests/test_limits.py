@@ -196,6 +196,13 @@ def test_null_is_taken_where_it_means_something(path):
     check_values(changed(path, None))
 
 
+def test_settings_of_the_mixture_may_be_said_to_a_phase_that_does_not_mix():
+    said = config._compose(["phase=expert", "++training.mla.static_tokens=1024"], ROOT)
+    config.validate(said)
+    with pytest.raises(UserError, match=r"training\.mla\.static_tokens=0 must be a whole number"):
+        config.validate(config._compose(["phase=expert", "++training.mla.static_tokens=0"], ROOT))
+
+
 def test_annotations_are_read_as_types():
     assert fits(3, float)
     assert not fits(True, int)
