@@ -67,7 +67,7 @@ def current_generation(root: str | Path) -> tuple[Path, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError):
         damaged = ["manifest.json or a file that it names"]
     if damaged:
-        raise UserError(f"{folder} is damaged ({brief(ValueError(', '.join(damaged)))}): build it again")
+        raise UserError(f"{folder} is damaged ({brief(', '.join(damaged))}): build it again")
     return folder, manifest
 
 

@@ -232,3 +232,54 @@ def test_ranks_must_be_complete() -> None:
         Tokenizer({**single, b"ab": 300}, BPE_PATTERN)
     with pytest.raises(ValueError, match="256 single bytes"):
         Tokenizer({bytes([value]): value for value in range(255)}, BPE_PATTERN)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b"\xff"),
+        ("tokenizer.json", b"[" * 100_000),
+        ("tokenizer.json", b'{"pattern": ["a"]}'),
+        ("ranks.tiktoken", b"\xff\xfe"),
+        ("ranks.tiktoken", b"YQ== 0\n"),
+        ("ranks.tiktoken", b"YQ== " + b"9" * 6000),
+        ("ranks.tiktoken", b"YQ==\n"),
+    ],
+    ids=range(9),
+)
+def test_files_of_something_else_are_damage(tokenizer, tmp_path, file, content) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged \(.*delete it and train it again"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hash": "0" * 32},
+        {"vocab_size": 7},
+        {"specials": {}},
+        {"format": 2},
+        {"more": 1},
+        {"pattern": GPT2_PATTERN},
+    ],
+    ids=str,
+)
+def test_a_description_of_another_vocabulary_is_refused(tokenizer, tmp_path, change) -> None:
+    tokenizer.save(tmp_path)
+    description = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description | change))
+    with pytest.raises(UserError, match="do not belong together"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_pattern_of_somebody_else_is_never_compiled(tokenizer, tmp_path) -> None:
+    """An expression can take for ever or end the process, whatever hash stands beside it."""
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pattern": "(a+)+$"}))
+    with pytest.raises(UserError, match="its pattern is none of ours"):
+        Tokenizer.load(tmp_path)

@@ -12,6 +12,7 @@ made before hashes were kept, and models that somebody saved by hand, claim noth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from nano_think.errors import UserError, brief
 from nano_think.files import hash_file, hash_json, read_json
 
 FILE = "provenance.json"
+# What a kind or a hash, each the name of a folder, looks like.
+PLAIN = re.compile(r"\w[\w.-]{0,99}")
 # What is read below a folder although its spec does not name it: it must have come with the rest.
 READ_IF_THERE = "memory"
 
@@ -62,16 +65,16 @@ def verify(folder: Path, provenance: dict[str, Any], largest: float = float("inf
     if listed is None:
         return
     for name, digest in listed.items():
-        path = folder / name
+        path, shown = folder / name, f"{folder}/{brief(name)}"
         try:
             same = path.stat().st_size > largest or hash_file(path) == digest
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path} is missing or cannot be read: delete its folder and make it again"
+                f"{shown} is missing or cannot be read: delete its folder and make it again"
             ) from error
         if not same:
             raise UserError(
-                f"{path} is not the file that {folder} was made with (damaged or exchanged): "
+                f"{shown} is not the file that {folder} was made with (damaged or exchanged): "
                 "delete the folder and make it again"
             )
     for path in (folder / READ_IF_THERE).rglob("*"):
@@ -125,9 +128,8 @@ def _check(provenance: Any) -> None:
 
 
 def _check_lineage(node: Any) -> None:
-    for key in ("kind", "hash", "content"):
-        value = node.get(key, "") if key == "content" else node[key]
-        if not isinstance(value, str) or "/" in value or value.startswith("."):
-            raise ValueError(f"{key} is {ascii(value)[:60]}")
+    for key in ("kind", "hash", *(["content"] if "content" in node else [])):
+        if not isinstance(node[key], str) or not PLAIN.fullmatch(node[key]):
+            raise ValueError(f"{key} is {node[key]!a:.60}")
     for need in node["needs"].values():
         _check_lineage(need)

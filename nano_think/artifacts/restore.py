@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nano_think.artifacts.build import build
+from nano_think.artifacts.build import MARKS, build, locate
 from nano_think.errors import brief
 
 # What a network may ask for besides its weights (tables of noise and angles, drafts of initial values): numbers,
@@ -74,6 +75,7 @@ def restore(spec: Any, weights: Mapping[str, Tensor], usable: Callable[[Any], bo
     """
     with _few_parts(weights):
         try:
+            _check_types(spec)
             with torch.device("meta"), _Counted(weights):
                 described = build(spec)
         except Exception as error:  # a constructor that is given anything raises anything
@@ -84,6 +86,32 @@ def restore(spec: Any, weights: Mapping[str, Tensor], usable: Callable[[Any], bo
         network = build(spec)
     network.load_state_dict(weights)
     return network
+
+
+def _check_types(spec: Any) -> None:
+    """Raise ValueError for an argument of another plain type than its class states.
+
+    Not every constructor would notice: a text for a number of steps fails when the steps are taken.
+    """
+    for part in spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ():
+        _check_types(part)
+    if isinstance(spec, dict) and "_target_" in spec:
+        hints = get_type_hints(locate(spec["_target_"]).__init__)
+        for name, value in spec.items():
+            if name not in MARKS and not _fits(value, hints.get(name, Any)):
+                raise ValueError(f"{name} is {brief(value, 40)!a}, not {hints[name]}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value may stand for an annotation; one that names no plain type takes all."""
+    choices = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, choice) for choice in choices)
+    if get_origin(hint) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in choices)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint if hint in (bool, int, str, type(None)) else True
 
 
 def _same_tensors(described: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

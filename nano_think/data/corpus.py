@@ -169,6 +169,7 @@ class Corpus:
         if path not in self._compared:
             digest = self.manifest.get("files", {}).get(f"{split}/{domain}.jsonl")
             try:
+                path.stat()
                 if digest is not None and hash_file(path) != digest:
                     raise ValueError("not the file that was made")
             except (OSError, ValueError) as error:

@@ -109,6 +109,7 @@ class DiffuserExpert(nn.Module):
         self.d_model, self.param, self.target, self.x_T, self.grad = d_model, param, target, x_T, grad
         self.ddim_steps, self.noise_seed, self.bidirectional = ddim_steps, noise_seed, bidirectional
         self.fused_steps = fused_steps if target == "hidden_same" else 1
+        ddim_timesteps(self.fused_steps, train_T)
         self.schedule = NoiseSchedule(
             schedule, train_T, terminal=EPS_TERMINAL if param == "eps" else 0.0, input_scale=input_scale
         )

@@ -7,12 +7,12 @@ came out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nano_think.files import write_json
+from nano_think.errors import UserError, brief
+from nano_think.files import read_json, write_json
 
 FILE = "choices.json"
 
@@ -26,7 +26,18 @@ class Choices:
     def __init__(self, folder: Path, reuse: bool = True) -> None:
         self.path = folder / FILE
         known = reuse and self.path.is_file()
-        self.made: dict[str, Any] = json.loads(self.path.read_text()) if known else {}
+        self.made: dict[str, Any] = self._read() if known else {}
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            made = read_json(self.path)
+            if not isinstance(made, dict):
+                raise ValueError("no mapping")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.path} is damaged ({brief(error)}): delete its folder, and the same command begins anew"
+            ) from error
+        return made
 
     def choose(self, name: str, decide: Callable[[], Any]) -> Any:
         """The value of `name`, decided now unless it was before."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from nano_think.errors import UserError
-from nano_think.files import locked, write_json
+from nano_think.errors import UserError, brief
+from nano_think.files import locked, read_json, write_json
 
 Job = dict[str, Any]
+# A job's number, with that of an earlier one of the same number; its folder is called so too.
+NAME = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED = "waiting", "running", "done", "failed", "interrupted"
 
 
@@ -27,8 +29,17 @@ class Journal:
         self.folder, self.path = folder, folder / "sweep.json"
 
     def read(self) -> dict[str, Any]:
-        """The content; without jobs where there is none yet."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {"jobs": {}}
+        """The content; without jobs where there is none yet. Raises UserError where it is damaged."""
+        if not self.path.exists():
+            return {"jobs": {}}
+        try:
+            content: dict[str, Any] = read_json(self.path)
+            _check(content)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.path} is damaged ({brief(error)}): delete it, and the same command runs all jobs, or {OWN}"
+            ) from error
+        return content
 
     @contextmanager
     def change(self) -> Iterator[dict[str, Any]]:
@@ -109,6 +120,28 @@ class Journal:
 
 
 OWN = "give run.sweep_dir=... for a sweep of its own"
+
+
+def _check(content: dict[str, Any]) -> None:
+    """Raise ValueError, LookupError, TypeError or AttributeError for what no journal says."""
+    if not isinstance(content.get("command", ""), str) or not _texts(content.get("asked", [])):
+        raise ValueError("command or asked is no text")
+    for name, job in content["jobs"].items():
+        if not NAME.fullmatch(name) or not NAME.fullmatch(job["folder"]):
+            raise ValueError("a job has no number")
+        if job["state"] not in (WAITING, RUNNING, DONE, FAILED, INTERRUPTED) or not _texts(job["overrides"]):
+            raise ValueError(f"job {name} has a state or overrides that no job has")
+        if type(job["attempts"]) is not int or not 0 <= job["attempts"] < 1 << 31:
+            raise ValueError(f"job {name} was begun {job['attempts']!a:.40} times")
+        figures = [job.get("objective"), *job.get("figures", {}).values()]
+        if not all(figure is None or type(figure) in (int, float) for figure in figures):
+            raise ValueError(f"a figure of job {name} is no number")
+        if not isinstance(job.get("error") or "", str):
+            raise ValueError(f"the error of job {name} is no text")
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def _new(number: int, overrides: list[str]) -> Job:

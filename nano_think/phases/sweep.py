@@ -23,7 +23,7 @@ from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from nano_think.errors import UserError
+from nano_think.errors import UserError, brief
 from nano_think.evals.report import Table, render_table
 from nano_think.files import atomic_write, hash_json, write_json
 from nano_think.phases.journal import DONE, FAILED, INTERRUPTED, OWN, Job, Journal
@@ -163,7 +163,7 @@ def _refuse_changed_settings(journal: Journal, config: DictConfig, loader: Confi
         path = journal.folder / job["folder"] / "config.yaml"
         with open_dict(composed := loader.load_sweep_config(config, job["overrides"])):
             del composed["hydra"]
-        before, now = (_settings(cfg) for cfg in (OmegaConf.load(path), composed))
+        before, now = settings_in(path), _settings(composed)
         changed = sorted(key for key in before | now if before.get(key) != now.get(key))
         if changed:
             first = changed[0]
@@ -174,6 +174,14 @@ def _refuse_changed_settings(journal: Journal, config: DictConfig, loader: Confi
             raise UserError(
                 f"{path.parent} was made with {was}, it is {are} now{more}: set it back, or {OWN}"
             )
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """What decided the outcome of a job, of the config.yaml in its folder; UserError where that is damaged."""
+    try:
+        return _settings(OmegaConf.load(path))
+    except Exception as error:  # yaml's errors, OmegaConf's, and those of a file that is no mapping
+        raise UserError(f"{path} is damaged ({brief(error)}): delete {path.parent}, or {OWN}") from error
 
 
 def _settings(cfg: Any) -> dict[str, Any]:

@@ -141,13 +141,28 @@ def test_folders_without_hashes_claim_nothing(made):
         b'{"kind": "a", "hash": "x", "needs": [1]}',
         b'{"kind": "a", "hash": "x", "needs": {"b": {"kind": "b", "hash": "y", "needs": {}, "content": 1}}}',
         b'{"a": ' * 20_000,
+        b'{"kind": "a", "hash": "x", "needs": {"b": {"kind": "'
+        + b"b" * 300
+        + b'", "hash": "y", "needs": {}}}}',
+        b'{"kind": "a", "hash": "..", "needs": {}}',
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_what_is_no_provenance_is_damage(made, damage):
     (FUSED.path(made) / provenance.FILE).write_bytes(damage)
     with pytest.raises(UserError, match=r"provenance\.json is damaged .*make it again"):
         load_checkpoint(FUSED.path(made))
+
+
+@pytest.mark.parametrize("name", ["a\r\nb", "a\x00b", "\ud800", "a" * 5000, "x\x1b[2J"])
+def test_names_of_files_are_shown_in_one_plain_line(made, name):
+    file = FUSED.path(made) / provenance.FILE
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(found | {"files": found["files"] | {name: "0"}}))
+    with pytest.raises(UserError, match="is missing or cannot be read") as caught:
+        load_checkpoint(FUSED.path(made))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_file_that_is_listed_and_gone_is_missed(made):

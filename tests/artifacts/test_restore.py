@@ -106,6 +106,32 @@ def test_weights_that_are_not_those_of_the_spec_are_named(change, said):
         restore(TRANSFORMER, change(weights), anything)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"fused_steps": "posterior"},
+        {"fused_steps": 0},
+        {"fused_steps": 21},
+        {"fused_steps": True},
+        {"ddim_steps": "ten"},
+        {"ddim_steps": [10]},
+        {"input_scale": "large"},
+        {"input_scale": None},
+        {"bidirectional": "yes"},
+        {"schedule": "square"},
+        {"schedule": 1},
+        {"max_positions": 64.5},
+    ],
+    ids=str,
+)
+def test_what_would_fail_when_the_network_is_asked_fails_when_it_is_restored(more):
+    """No constructor of a network needs these; the weights fit."""
+    weights = weights_of(DIFFUSER)
+    restore(DIFFUSER, weights, anything)
+    with pytest.raises(ValueError):
+        restore({**DIFFUSER, **more}, weights, anything)
+
+
 def test_another_kind_of_network_is_refused():
     with pytest.raises(ValueError, match="describes a TransformerExpert"):
         restore(TRANSFORMER, weights_of(TRANSFORMER), lambda made: False)

@@ -43,3 +43,58 @@ def test_unknown_names_are_refused_before_reading(tmp_path, split, domain):
 def test_a_folder_without_manifest_is_no_corpus(tmp_path):
     with pytest.raises(UserError, match="phase=data"):
         Corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"uid": 1}',
+        b"[" * 100_000,
+        b'{"uid": "1", "cluster": 1, "text": "a", "domain": "a", "source": "s", "id": "x"}',
+        b'{"uid": 1, "cluster": -1, "text": "a", "domain": "a", "source": "s", "id": "x"}',
+        b'{"uid": 1, "cluster": 1, "text": ["a"], "domain": "a", "source": "s", "id": "x"}',
+        b'{"uid": 1, "cluster": 1, "text": "a", "domain": "a", "source": "s", "id": "x", "more": 1}',
+    ],
+    ids=range(9),
+)
+def test_a_line_that_is_no_record_is_named_by_file_and_place(tmp_path, line):
+    write_corpus(tmp_path)
+    file = tmp_path / "test" / "a.jsonl"
+    before = file.read_bytes()
+    file.write_bytes(before + line + b"\n")
+    records = Corpus(tmp_path).documents("test", "a")
+    with pytest.raises(UserError, match=rf"a\.jsonl is damaged \(at byte {len(before)}: .*phase=data"):
+        list(records)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "",
+        "[]",
+        '{"hash": "h"}',
+        '{"domains": "ab", "hash": "h"}',
+        '{"domains": ["a"]}',
+        '{"domains": ["../a"], "hash": "h"}',
+        '{"domains": [".."], "hash": "h"}',
+        '{"domains": ["a\\u0000"], "hash": "h"}',
+        '{"domains": ["gone"], "hash": "h"}',
+        '{"domains": ["' + "a" * 3000 + '"], "hash": "h"}',
+        '{"domains": ["a"], "hash": "h", "files": {"test/a.jsonl": "another"}}',
+        '{"domains": ["a"], "hash": "h", "files": ["test/a.jsonl"]}',
+    ],
+    ids=range(12),
+)
+def test_a_manifest_of_something_else_is_damage(tmp_path, manifest):
+    write_corpus(tmp_path)
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError, match="is damaged"):
+        _read_first_domain(tmp_path)
+
+
+def _read_first_domain(path):
+    corpus = Corpus(path)
+    return list(corpus.documents("test", corpus.domains[0]))

@@ -155,3 +155,66 @@ def test_memory_does_not_grow_with_the_corpus(write_corpus, byte_tokenizer, tmp_
 
     small, large = peak(1500), peak(6000)
     assert large < 1.25 * small
+
+
+def _rewritten(shards, **changes):
+    """The manifest with changes, and without the hashes, as somebody else may have written it."""
+    manifest = {name: value for name, value in shards.manifest.items() if name != "files"} | changes
+    (shards.directory / "manifest.json").write_text(json.dumps(manifest))
+    return Shards(shards.directory)
+
+
+def _all_read(shards):
+    for split in shards.manifest["splits"]:
+        for domain in shards.domains:
+            shards.tokens(split, domain)
+            shards.docs(split, domain)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "docs.npy"])
+def test_a_bit_that_is_no_longer_the_one_written_is_noticed(make_shards, name) -> None:
+    shards = make_shards(TEXTS)
+    _all_read(shards)
+    file = shards.directory / "test" / f"prose.{name}"
+    data = bytearray(file.read_bytes())
+    data[-1 if name == "docs.npy" else 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name} is damaged .*`python train.py phase=data` again"):
+        _all_read(Shards(shards.directory))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 0},
+        {"vocab_size": "259"},
+        {"vocab_size": 10**12},
+        {"pad_id": 259},
+        {"dtype": "object"},
+        {"dtype": "float64"},
+        {"domains": "prose"},
+        {"domains": ["../prose"]},
+        {"domains": []},
+        {"splits": {}, "domains": None},
+        {"splits": {"..": {}}},
+        {"tokenizer_hash": None},
+        {"files": [1]},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_cannot_be_ours_is_damage(make_shards, changes) -> None:
+    shards = make_shards(TEXTS)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        _rewritten(shards, **changes)
+
+
+def test_tokens_beyond_the_vocabulary_and_tables_of_other_documents_are_damage(make_shards) -> None:
+    shards = make_shards(TEXTS)
+    with pytest.raises(UserError, match=r"holds tokens beyond its vocabulary of 257"):
+        _all_read(_rewritten(shards, vocab_size=257, pad_id=0))
+    file = shards.directory / "expert_train" / "code.docs.npy"
+    table = np.load(file)
+    for change in (lambda t: t[:, :-1], lambda t: t.astype("float64"), lambda t: t + 1, lambda t: t[:, ::-1]):
+        np.save(file, change(table))
+        with pytest.raises(UserError, match=r"docs\.npy is damaged"):
+            _all_read(_rewritten(shards))
