@@ -235,6 +235,22 @@ def _handed_on(overrides: list[str]) -> dict[str, list[str]]:
     return handed
 
 
+def checked_additions(overrides: Iterable[str], cfg: DictConfig, config_dir: Path) -> list[str]:
+    """Overrides on top of a composed configuration, checked as `checked_overrides` checks what was typed.
+
+    Raises UserError for unknown groups, options and keys; values show when they are composed.
+    """
+    groups = _groups(config_dir / "conf")
+    checked = []
+    for override in overrides:
+        if _key(override) in groups:
+            _check_choice(override, config_dir)
+            checked.append(override)
+        else:
+            checked.append(_checked(override, cfg, groups))
+    return checked
+
+
 def _compose(overrides: list[str], config_dir: Path) -> DictConfig:
     """The configuration of the overrides, of a sweep that of the first job; UserError where Hydra objects."""
     register_schema()

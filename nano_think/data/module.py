@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from nano_think.data.packing import IGNORE, RowReader
-from nano_think.data.sampler import DomainSampler, mixing_shares
+from nano_think.data.sampler import DomainSampler, row_limits
 from nano_think.data.seen import Stream, seen_streams
 from nano_think.data.shards import Shards
 from nano_think.errors import UserError
@@ -229,8 +229,7 @@ class TokenDataModule(L.LightningDataModule):
         rows = dict(zip(self.domains, reader.rows_per_domain, strict=True))
         limits = None
         if self.train_tokens is not None:
-            shares = mixing_shares(reader.rows_per_domain, self.mixing, self.temperature, self.domains)
-            limits = [max(1, round(self.train_tokens * share / self.seq_len)) for share in shares]
+            limits = row_limits(rows, self.train_tokens, self.seq_len, self.mixing, self.temperature)
         return DomainSampler(rows, self.mixing, self.temperature, self.seed, limits, self.train_part)
 
     def _check_length(self, shares: np.ndarray) -> None:

@@ -82,6 +82,18 @@ def _explicit_weights(mixing: Sequence[float] | Mapping[str, float], names: Sequ
     return weights
 
 
+def row_limits(
+    rows_per_domain: Mapping[str, int],
+    tokens: int,
+    seq_len: int,
+    mixing: str | Sequence[float] | Mapping[str, float] = "equal",
+    temperature: float = 1.0,
+) -> list[int]:
+    """Rows of each domain, at least one, that so many tokens are; see `mixing_shares`."""
+    shares = mixing_shares(list(rows_per_domain.values()), mixing, temperature, list(rows_per_domain))
+    return [max(1, round(tokens * share / seq_len)) for share in shares]
+
+
 class DomainSampler:
     """Endless sequence of (domain, row) that any process can enter at any place.
 

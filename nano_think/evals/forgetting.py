@@ -14,15 +14,19 @@ def forgetting(before: NanoThink, after: NanoThink, batches: Sequence[Batch]) ->
 
     An expert that stayed frozen has the same bits, and therefore the same loss.
     """
-    table = before.embedding
-    found: dict[str, dict[str, float]] = {}
-    for name in before.experts:
-        own = before.tables[name] if name in before.tables else table
-        found[name] = {
-            when: _loss(ExpertLM(own, model.experts[name]), batches)
-            for when, model in (("before", before), ("after", after))
-        }
-    return found
+    alone = {"before": stand_alone(before, before), "after": stand_alone(before, after)}
+    return {
+        name: {when: _loss(experts[name], batches) for when, experts in alone.items()}
+        for name in before.experts
+    }
+
+
+def stand_alone(before: NanoThink, after: NanoThink) -> dict[str, ExpertLM]:
+    """The experts of `after`, each alone with the table that it was pre-trained with, which `before` still has."""
+    return {
+        name: ExpertLM(before.tables[name] if name in before.tables else before.embedding, expert)
+        for name, expert in after.experts.items()
+    }
 
 
 def _loss(network: ExpertLM, batches: Sequence[Batch]) -> float:

@@ -2,6 +2,7 @@
 
     study.json              settings, data, models, tuning, fits, gates, evidence: plain JSON
     losses/test_seed1.npz   losses of every model on every document, one file a split and seed
+    losses/ablations_seed1.npz  the same of what else was tried, on the documents of validation
     SHA256SUMS              of all of these; `sha256sum -c SHA256SUMS` checks the folder without our code
 
 Letters: K models, M documents.
@@ -52,7 +53,9 @@ MODELS: dict[str, str] = {
 }
 SPLITS = ("val", "test")
 MAX_BYTES = 5_000_000
-_LOSSES = re.compile(r"(val|test)_seed(\d+)\.npz")
+# rows of what else was tried, on validation: name, and name/expert or name/without memory
+ABLATIONS = "ablations"
+_LOSSES = re.compile(rf"(val|test|{ABLATIONS})_seed(\d+)\.npz")
 _COLUMNS = ("uid", "domain", "num_tokens", "num_bytes")
 # a list without lists, objects or strings inside; a JSON string holds no line break, so none can match
 _FLAT_LIST = re.compile(r'\[\n\s*([^\[\]{}"]*?)\n\s*\]')
@@ -64,7 +67,7 @@ class StudyLosses:
 
     Attributes:
         uid, domain, num_tokens, num_bytes: (M,) int64; see DocumentLosses.
-        models: K keys of MODELS.
+        models: K keys of MODELS, or rows of ablations.
         nll: (K, M) float32, summed nats of each document.
     """
 
@@ -200,6 +203,9 @@ class StudyRecord:
                     found.append(f"seed {seed}: no losses on {split}")
                 elif absent := [key for key in self.models if key not in self.losses[split, seed].models]:
                     found.append(f"seed {seed}: not scored on {split}: {', '.join(absent)}")
+        tried = {name for facts in self.seeds.values() for name in facts.get(ABLATIONS, {})}
+        if absent := [name for name in self.facts.get("planned_ablations", []) if name not in tried]:
+            found.append(f"ablations not run: {', '.join(absent)}")
         return found
 
     def digest(self) -> str:
@@ -290,10 +296,15 @@ class StudyRecord:
                     f"{name}: study.json knows no seed {seed} (it has {known}); remove the file or "
                     "run that seed."
                 )
-            _refuse_unknown(part.models, self.facts["models"], f"{name} holds", "study.json")
+            if split == ABLATIONS:
+                tried = {model.split("/")[0]: None for model in part.models}
+                _refuse_unknown(tried, self.seeds[seed].get(ABLATIONS, {}), f"{name} holds", "study.json")
+            else:
+                _refuse_unknown(part.models, self.facts["models"], f"{name} holds", "study.json")
             if part.domain.min() < 0 or part.domain.max() >= len(self.domains):
                 raise UserError(f"{name}: a domain index is outside the {len(self.domains)} of study.json.")
-            first = next(other for (s, _), other in self.losses.items() if s == split)
+            same = "val" if split == ABLATIONS else split
+            first = next(other for (s, _), other in self.losses.items() if s == same)
             if not all(np.array_equal(getattr(part, name), getattr(first, name)) for name in _COLUMNS):
                 raise UserError(
                     f"{name} was scored on other documents than the other seeds: run all seeds on one corpus."

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nano_think.evals.report import Report
+from nano_think.evals.study_ablations import ablations
 from nano_think.evals.study_evidence import evidence
 from nano_think.evals.study_record import StudyRecord
 from nano_think.evals.study_sections import (
@@ -62,6 +63,7 @@ def study_report(record: StudyRecord, figures: str | Path, n_resamples: int = 20
     router_bounds(report, stats, folder)
     report.heading("Gates, and what was tried")
     gates(report, stats)
+    ablations(report, stats, folder)
     report.heading("Training")
     training(report, stats, folder)
     evidence(report, record, folder)

@@ -470,9 +470,10 @@ def _of_other_expert(override: str, expert: str | None) -> bool:
     Each expert's settings come with the Transformer's, which it may need as teacher or for its table.
     """
     group, _, rest = override_name(override).partition(".")
-    single = expert not in (None, "all")
-    known = (expert, "transformer", "mla")
-    return single and group in ("experts", "training", "per_size") and rest.split(".")[0] not in known
+    if expert in (None, "all") or group not in ("experts", "training", "per_size", "prereq"):
+        return False
+    phases = ("data", "tokenizer", "expert") if group == "prereq" else ()
+    return rest.split(".")[0] not in (expert, "transformer", "mla", *phases)
 
 
 def _literal(value: Any) -> str:

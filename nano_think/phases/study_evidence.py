@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from nano_think.artifacts.checkpoint import Checkpoint
+from nano_think.artifacts.memory import Memory
 from nano_think.artifacts.recipe import COMPLETE_MARK
 from nano_think.evals.calibration import calibration, model_log_probs
 from nano_think.evals.correlation import token_correlation
 from nano_think.evals.denoiser import restoration, steps_curve
 from nano_think.evals.drafting import block_drafts, excerpts, infilling
 from nano_think.evals.lengths import length_curve
+from nano_think.evals.losses import Batch
 from nano_think.evals.planted import planted_facts
 from nano_think.evals.pools import SharedForward, lone_expert
 from nano_think.evals.report import plain
@@ -131,18 +134,28 @@ class Evidence:
 
     def memory(self) -> dict[str, Any]:
         """R1 to R5, what retrieval costs, and whether a planted fact is remembered."""
-        memory, model = self.measured.memory, self.measured.checkpoints["fused_7d"].model
+        memory, costs = self.measured.memory, self.measured.plan.costs
         assert memory is not None  # see `topics`
-        found = retrieval_evidence(model, memory, self.batches, self.domains, self.tokenizer.byte_lengths)
-        flops = self.measured.plan.costs.inference_flops(self.measured.plan.costs.mixture())
-        cost = retrieval_cost(model, memory, self.batches[0], flops)
-        planted = planted_facts(model, memory, self.tokenizer)
-        named = {name: found[topic] for name, topic in RETRIEVAL.items()}
-        compute = equal_compute(found["losses"], cost)
-        return plain({**named, "cost": {**cost, "equal_compute": compute}, "planted": planted})
+        flops = costs.inference_flops(costs.mixture())
+        return memory_evidence(
+            self.measured.checkpoints["fused_7d"], memory, self.batches, self.domains, flops
+        )
 
     def _alone(self, name: str) -> Any:
         return self.measured.checkpoints[name].model
+
+
+def memory_evidence(
+    checkpoint: Checkpoint, memory: Memory, batches: list[Batch], domains: list[str], flops: float
+) -> dict[str, Any]:
+    """R1 to R5, what retrieval costs, and whether a planted fact is remembered; flops: a token without memory."""
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    found = retrieval_evidence(model, memory, batches, domains, tokenizer.byte_lengths)
+    cost = retrieval_cost(model, memory, batches[0], flops)
+    planted = planted_facts(model, memory, tokenizer)
+    named = {name: found[topic] for name, topic in RETRIEVAL.items()}
+    compute = equal_compute(found["losses"], cost)
+    return plain({**named, "cost": {**cost, "equal_compute": compute}, "planted": planted})
 
 
 def _or_reason(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -76,9 +76,7 @@ class ModelCosts:
             if not self.plan.trained[name].spec["own_table"]:
                 found[name]["trained_parameters"] = int(self.costs.parameters(alone[name].expert))
         found |= {name: self._facts(self._single(name), self.fit_flops(name)) for name in SINGLE}
-        found |= self._pools(alone, found) | self._stages(
-            sum(found[name]["training_flops"] for name in EXPERTS)
-        )
+        found |= self._pools(alone, found) | self.stages()
         tuned = self.costs.mixture(["transformer"])
         spent = found["transformer"]["training_flops"] + self.fit_flops("finetuned_transformer")
         found["finetuned_transformer"] = self._facts(
@@ -111,9 +109,9 @@ class ModelCosts:
             "seed_pool": seeds,
         }
 
-    def _stages(self, spent: float) -> dict[str, dict[str, Any]]:
-        """7b to 7d; spent: training FLOPs of the experts."""
-        spent, found = spent + self.fit_flops("fused_7a"), {}
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """The mixture after 7b to 7d, as far as the plan goes; its FLOPs of training hold those of the experts."""
+        spent, found = sum(self.fit_flops(name) for name in (*EXPERTS, "fused_7a")), {}
         for stage in self.plan.stages[1:]:
             mixture, key, seen = self.costs.mixture(), f"fused_{stage}", {}
             spent += self.fit_flops(key)

@@ -150,18 +150,18 @@ class Plan:
     def mixture_flops(self) -> float:
         """FLOPs of everything that training the mixture takes, experts included, over the planned steps."""
         fused = self.run_of("fused_7c")
-        makers = {name: self.fit(name) for name in EXPERTS}
-        makers |= {stage: mla_maker(fused, stage) for stage in ("7a", "7b", "7c")}
+        stages = {stage: mla_maker(fused, stage) for stage in ("7a", "7b", "7c")}
+        makers = {name: stages["7a"].needs[name] for name in EXPERTS} | stages
         return sum(self.costs.training(name, maker) for name, maker in makers.items())
 
     def _matching(self, family: str) -> dict[str, Any]:
         """The settings that make a single Transformer the mixture's equal in one respect."""
+        if family not in SINGLE:
+            return {}
         costs = self.costs
         if family == "equal_parameters":
             return {"experts.transformer.num_layers": costs.layers_of(costs.parameters)}
         if family == "equal_inference_flops":
             return {"experts.transformer.num_layers": costs.layers_of(costs.inference_flops)}
-        if family == "equal_training_flops":
-            horizon = self.chosen.get(family, {}).get("horizon", 1.0)
-            return {"training.transformer.max_steps": costs.steps_of(horizon * self.mixture_flops)}
-        return {}
+        horizon = self.chosen.get(family, {}).get("horizon", 1.0)
+        return {"training.transformer.max_steps": costs.steps_of(horizon * self.mixture_flops)}

@@ -14,8 +14,9 @@ from nano_think.errors import UserError
 from nano_think.evals.study_record import StudyLosses, StudyRecord
 from nano_think.evals.study_report import write_study_report
 from nano_think.phases.data import load_corpus
-from nano_think.phases.run import Run, versions
+from nano_think.phases.run import Maker, Run, versions
 from nano_think.phases.sections import fall_per_epoch
+from nano_think.phases.study_ablations import planned_names
 from nano_think.phases.study_costs import planned_tokens
 from nano_think.phases.study_evidence import load_evidence
 from nano_think.phases.study_gates import study_gates
@@ -47,9 +48,12 @@ def write_record(
     }
     made = {str(plan.seed): _seed(plan) for plan in plans}
     reads = [test_reads(plan) for plan in plans]
+    asked = planned(first, kept)
     if kept is not None:
         losses = {**kept.losses, **losses}
-        made = {**kept.facts["seeds"], **made}
+        for seed, old in kept.facts["seeds"].items():
+            tried = {"ablations": old["ablations"]} if "ablations" in old else {}
+            made[seed] = {**made[seed], **tried} if seed in made else old
         reads.append(kept.facts.get("test_reads", 0))
     facts = {
         "question": first.settings["question"],
@@ -62,8 +66,15 @@ def write_record(
         "seeds": dict(sorted(made.items(), key=lambda item: int(item[0]))),
         **by_hand(out),
         "test_reads": max(reads),
+        **({"planned_ablations": asked} if asked else {}),
     }
     return StudyRecord(facts, losses).save(out)
+
+
+def planned(plan: Plan, kept: StudyRecord | None) -> list[str]:
+    """The names of all ablations that a study is to have: those of its record and those that are asked for."""
+    there = [] if kept is None else kept.facts.get("planned_ablations", [])
+    return list(dict.fromkeys([*there, *planned_names(plan.settings)]))
 
 
 def portable(command: str) -> str:
@@ -82,11 +93,14 @@ def draw(out: Path, run: Run) -> Path:
 
 
 def record_settings(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
-    """What decides the figures, without where they go and how many processes made them."""
+    """What decides the figures, without where they go and how many processes made them.
+
+    Ablations are left out: a record may get them later.
+    """
     kept = {
         key: value
         for key, value in plan.settings.items()
-        if key not in ("question", "out", "workers", "redraw")
+        if key not in ("question", "out", "workers", "redraw", "ablations", "widths")
     }
     return {**kept, "seeds": list(seeds), "size": plan.run.plain(plan.run.cfg.size)}
 
@@ -110,15 +124,8 @@ def _seed(plan: Plan) -> dict[str, Any]:
     """Fits, gates and evidence of one seed."""
     fits, costs = {}, ModelCosts(plan)
     for key, maker in plan.trained.items():
-        result, fit = plan.result(maker), maker.spec.get("fit", {})
-        if "history" not in result:
-            continue
-        kept = ("history", "steps", "tokens", "epochs", "best_step", "val_loss")
-        fall = fall_per_epoch(result["history"], result["steps"] / result["epochs"])
-        fits[key] = {name: result[name] for name in kept}
-        fits[key] |= {"planned_flops": costs.fit_flops(key), "planned_tokens": planned_tokens(fit)}
-        fits[key] |= {"fall_per_epoch": fall, "lr": fit["lr"], "hash": maker.recipe.hash}
-        fits[key]["command"] = portable(maker.command)
+        if "history" in plan.result(maker):
+            fits[key] = fit_facts(plan, maker, costs.fit_flops(key))
     static = plan.result(plan.trained["fused_7a"])
     evidence = load_evidence(plan)
     gates = study_gates(plan, evidence, test_reads(plan))
@@ -127,13 +134,27 @@ def _seed(plan: Plan) -> dict[str, Any]:
         "static": static,
         "gates": gates,
         "evidence": evidence,
-        "measured_with": _measured_with(plan),
+        "measured_with": made_with(plan, losses_maker(plan, "test")),
     }
 
 
-def _measured_with(plan: Plan) -> dict[str, Any]:
-    """Commit and machine of a seed: seeds of one study may come from several machines."""
-    maker = losses_maker(plan, "test")
+def fit_facts(plan: Plan, maker: Maker, flops: float) -> dict[str, Any]:
+    """Where a fit stood at its end, and its command; flops: of its planned steps."""
+    result, fit = plan.result(maker), maker.spec["fit"]
+    kept = ("history", "steps", "tokens", "epochs", "best_step", "val_loss")
+    return {
+        **{name: result[name] for name in kept},
+        "planned_flops": flops,
+        "planned_tokens": planned_tokens(fit),
+        "fall_per_epoch": fall_per_epoch(result["history"], result["steps"] / result["epochs"]),
+        "lr": fit["lr"],
+        "hash": maker.recipe.hash,
+        "command": portable(maker.command),
+    }
+
+
+def made_with(plan: Plan, maker: Maker) -> dict[str, Any]:
+    """Commit and machine of what was measured: parts of one study may come from several machines."""
     made = plan.run.provenance_of(maker.recipe.path(plan.run.artifacts))["made_by"]
     return {name: made[name] for name in ("commit", "machine")}
 

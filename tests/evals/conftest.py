@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,62 @@ def make_study(
     splits = ("val", "test")
     losses = {(split, seed): study_losses(split, seed, effects, noise) for split in splits for seed in seeds}
     return StudyRecord(content, losses)
+
+
+# of ablations: stage, what it is compared with, nats above or below that
+TRIED = {
+    "prob": ("7c", None, -0.05),
+    "unfreeze_all": ("7c", None, 0.1),
+    "more_text": ("7c", None, -0.3),
+    "own_text": ("7c", "more_text", 0.05),
+    "token_memory": ("7d", None, 0.0),
+    "width_96": ("7c", None, 0.2),
+}
+# of their experts alone: nats above or below those of the study
+TRIED_ALONE = {"unfreeze_all/transformer": 0.2, "unfreeze_all/state_space": 0.0, "own_text/diffuser": -0.1}
+
+
+def tried_facts(name: str, stage: str, against: str | None) -> dict[str, Any]:
+    fit = seed_facts(1, [f"fused_{stage}"])["fits"]
+    return {
+        "what": f"what {name} is",
+        "overrides": ["training.mla.unfreeze=all"] if name == "unfreeze_all" else [f"model.x={name}"],
+        "stage": stage,
+        "against": against,
+        "hash": f"{name} hash",
+        "command": f"train {name}",
+        "fits": fit,
+        **model_facts(3, name),
+        "measured_with": {"commit": "0123abc", "machine": "two cores"},
+    }
+
+
+def with_ablations(record: StudyRecord, noise: float = 0.01, tried: Any = TRIED) -> StudyRecord:
+    """The record with ablations of seed 1, whose differences are those of TRIED up to noise."""
+    rng, val, facts = np.random.default_rng(9), record.losses["val", 1], copy.deepcopy(record.facts)
+    rows: dict[str, DocumentLosses] = {}
+
+    def row(name: str, base: DocumentLosses, effect: float) -> None:
+        nll = base.sum_nll + (effect + rng.normal(0, noise, len(base))) * base.num_tokens
+        rows[name] = dataclasses.replace(base, sum_nll=nll)
+
+    ablations = facts["seeds"]["1"]["ablations"] = {}
+    for name, (stage, against, effect) in tried.items():
+        row(name, rows[against] if against else val.of(f"fused_{stage}", 2), effect)
+        ablations[name] = tried_facts(name, stage, against)
+        if stage == "7d":
+            row(f"{name}/without memory", rows[name], 0.02)
+            ablations[name] |= {"flops_without_memory": 3e6, "memory": {"R2": {"precision": 0.25}}}
+    for name, effect in TRIED_ALONE.items():
+        if name.split("/")[0] in tried:
+            row(name, val.of(name.split("/")[1], 2), effect)
+    facts["planned_ablations"] = list(tried)
+    return StudyRecord(facts, {**record.losses, ("ablations", 1): StudyLosses.collect(rows)})
+
+
+@pytest.fixture(name="with_ablations", scope="session")
+def with_ablations_fixture():
+    return with_ablations
 
 
 @pytest.fixture(name="make_study", scope="session")

@@ -165,11 +165,11 @@ ONLY_COMMITTED = pytest.param("committed", marks=pytest.mark.skipif(not COMMITTE
 
 
 @pytest.fixture(scope="module", params=["synthetic", ONLY_COMMITTED])
-def drawn(request, make_study, tmp_path_factory):
+def drawn(request, make_study, with_ablations, tmp_path_factory):
     """(folder, recomputed numbers, report.md as drawn here)."""
     folder = tmp_path_factory.mktemp("study") / "study"
     if request.param == "synthetic":
-        make_study().save(folder)
+        with_ablations(make_study()).save(folder)
     else:
         shutil.copytree(COMMITTED, folder)
     write_study_report(folder, RESAMPLES)

@@ -26,6 +26,8 @@ QUICK = (
     "study.tuning.horizons=[0.5, 1.0]",
     "study.pool=2",
 )
+UNFROZEN = "unfrozen: {what: experts learn too, overrides: ['training.mla.unfreeze=all']}"
+TRIED = (f"study.ablations={{{UNFROZEN}}}", "study.widths=[48]")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +198,7 @@ whole = pytest.mark.slow
 def studied(tmp_path_factory, shared_project):
     """A study of two seeds with four steps a fit, in a project of its own."""
     with shared_project(tmp_path_factory.mktemp("study")) as project:
-        project.result, project.first = project.go("phase=study", *LIMITS, *SHORT, *QUICK)
+        project.result, project.first = project.go("phase=study", *LIMITS, *SHORT, *QUICK, *TRIED)
     return project
 
 
@@ -280,7 +282,7 @@ def test_what_models_cost_adds_up(studied):
 @whole
 def test_a_study_that_is_run_again_reads_no_test_text(studied):
     before = (studied.root / "study" / "study.json").read_bytes()
-    result, run = studied.go("phase=study", *LIMITS, *SHORT, *QUICK)
+    result, run = studied.go("phase=study", *LIMITS, *SHORT, *QUICK, *TRIED)
     assert (studied.root / "study" / "study.json").read_bytes() == before
     assert not any("building" in line for line in run.console.file.getvalue().splitlines())
     assert result["digest"] == studied.result["digest"]
@@ -327,7 +329,7 @@ def elsewhere(studied, project):
 
 @whole
 def test_a_record_is_extended_by_the_seed_it_lacks(studied, elsewhere):
-    result, run = elsewhere.go("phase=study", *LIMITS, *SHORT, *QUICK)
+    result, run = elsewhere.go("phase=study", *LIMITS, *SHORT, *QUICK, *TRIED)
     before, after = (StudyRecord.load(project.root / "study") for project in (studied, elsewhere))
     assert after.missing() == []
     assert result["digest"] == after.digest()
@@ -342,6 +344,38 @@ def test_a_record_is_extended_by_the_seed_it_lacks(studied, elsewhere):
     # of seed 1 only what 2 shares with it was made
     made = list(elsewhere.root.rglob("study_losses/*/provenance.json"))
     assert len(made) == 2
+    # nor were its ablations, which stay as they are
+    assert not list(elsewhere.root.rglob("study_ablation/*"))
+    assert before.facts["seeds"]["1"]["ablations"] == after.facts["seeds"]["1"]["ablations"]
+
+
+@whole
+def test_ablations_are_measured_where_the_study_is(studied):
+    record = StudyRecord.load(studied.root / "study")
+    tried, models = record.facts["seeds"]["1"]["ablations"], record.models
+    assert list(tried) == record.facts["planned_ablations"] == ["unfrozen", "width_48"]
+    assert "ablations" not in record.facts["seeds"]["2"]
+    alone = [f"{name}/{expert}" for name in ("unfrozen", "width_48") for expert in EXPERTS]
+    rows = record.losses["ablations", 1].models
+    assert sorted(rows) == sorted([*tried, *alone])
+    # the study's own documents and tokens; another model
+    own, other = record.of("fused_7c", "val", 1), record.of("unfrozen", "ablations", 1)
+    assert own.pairs_with(other)
+    assert own.loss() != other.loss()
+    # experts that 7c trained, alone with the table of their pre-training, are no longer what they were
+    for expert in EXPERTS:
+        was, now = record.of(expert, "val", 1), record.of(f"unfrozen/{expert}", "ablations", 1)
+        assert 0 < abs(was.loss() - now.loss()) < 0.5
+    assert tried["unfrozen"]["fits"].keys() == {"fused_7c"}
+    assert tried["unfrozen"]["trained_parameters"] > models["fused_7c"]["trained_parameters"]
+    assert tried["unfrozen"]["training_flops"] > models["fused_7c"]["training_flops"]
+    # the FLOPs of the study's own width, to half a step of the state-space expert
+    width = tried["width_48"]
+    step = width["fits"]["state_space"]["planned_flops"] / width["fits"]["state_space"]["steps"]
+    assert abs(width["training_flops"] - models["fused_7c"]["training_flops"]) <= step
+    assert width["parameters"] < models["fused_7c"]["parameters"]
+    text = (studied.root / "study" / "report.md").read_text()
+    assert "## What else was tried" in text
 
 
 @whole

@@ -6,12 +6,13 @@ import pytest
 
 from nano_think.errors import UserError
 from nano_think.limits import check_study
-from nano_think.phases.study_settings import check_text
+from nano_think.phases.study_settings import check_ablations, check_text
 
 GOOD = {
     "expert_tokens": 6400, "fusion_tokens": 1600, "evidence_tokens": 2000, "pool": 2, "workers": 1, "rows": None,
     "seeds": [1, 2], "tuning": {"factors": [1.0], "fusion_factors": [0.5, 1], "share": 0.2, "dropouts": [0],
                "horizons": [1]},
+    "ablations": {}, "widths": [],
 }  # fmt: skip
 LOADER = {"mixing": "equal", "temperature": 1.0}
 
@@ -53,6 +54,38 @@ def test_settings_that_mean_nothing_are_refused_by_name(path, value):
     check_study(changed("seeds", [7]))
     with pytest.raises(UserError, match=rf"study\.{path}={str(value)[:4]}".replace("[", r"\[")):
         check_study(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("widths", [0]), ("widths", [96, 96]), ("widths", None), ("ablations", ["prob"])],
+)
+def test_widths_and_ablations_that_are_none_are_refused(path, value):
+    check_ablations(GOOD)
+    with pytest.raises(UserError, match=rf"study\.{path}={str(value)[:4]}".replace("[", r"\[")):
+        check_ablations(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "message"),
+    [
+        ("Prob", {}, "small letters"),
+        ("again_7c", {}, "small letters"),
+        ("width_9", {}, "small letters"),
+        ("prob", {"what": None}, "has what .*and nothing else"),
+        ("prob", {"overrides": []}, "and nothing else"),
+        ("prob", {"why": "it helps"}, "and nothing else"),
+        ("prob", {"overrides": ["model.fusion.space"]}, "'model.fusion.space' is not a setting"),
+        ("prob", {"stage": "7b"}, "stage=7b is not one of 7c, 7d"),
+        ("prob", {"against": "prob"}, "against=prob is no other ablation"),
+        ("prob", {"against": "other"}, "against=other is no other ablation"),
+    ],
+)
+def test_ablations_that_are_none_are_refused_by_name(name, asked, message):
+    good = {"what": "probabilities are mixed", "overrides": ["model.fusion.space=prob"], "stage": "7c"}
+    check_ablations(changed("ablations", {"prob": good}))
+    with pytest.raises(UserError, match=rf"study\.ablations\.{name}.*{message}"):
+        check_ablations(changed("ablations", {name: good | asked}))
 
 
 class Text:
