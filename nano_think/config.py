@@ -312,7 +312,10 @@ def _first(override: str) -> str:
         raise UserError(f"the value in {short(override)} cannot be read: {_one_line(error)}") from error
     if not parsed.is_sweep_override():
         return override
-    return f"{override.partition('=')[0]}={next(parsed.sweep_string_iterator())}"
+    # of an interval, which a sweeper such as Optuna's draws from, its beginning
+    value: Any = parsed.value()
+    first = value.start if parsed.is_interval_sweep() else next(parsed.sweep_string_iterator())
+    return f"{override.partition('=')[0]}={first}"
 
 
 def _check_choice(override: str, config_dir: Path) -> None:

@@ -123,6 +123,12 @@ def test_flags_of_hydra_keep_their_values_and_sweeps_their_lists() -> None:
     assert check("--help", "nonsense") == ["--help", "nonsense"]
 
 
+@pytest.mark.parametrize("interval", ["interval(1e-4,1e-2)", "tag(log,interval(1e-4,1e-2))"])
+def test_an_interval_reaches_the_sweeper_that_draws_from_it(interval: str) -> None:
+    arguments = ["-m", f"training.transformer.lr={interval}", f"experts.state_space.d_conv={interval}"]
+    assert check(*arguments) == [*arguments[:2], f"++{arguments[2]}"]
+
+
 def test_a_config_can_be_printed_before_it_is_complete() -> None:
     assert check("--cfg", "job", "data=jsonl") == ["--cfg", "job", "data=jsonl"]
 
