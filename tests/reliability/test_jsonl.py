@@ -234,7 +234,8 @@ def noted(block: bytes, sizes: list[int]) -> bytes:
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_rows_of_hub_sets_are_read_or_counted(count):
+def test_rows_of_hub_sets_are_read_or_counted(caplog, count):
+    caplog.set_level(logging.CRITICAL)  # what is captured would be held in memory
     columns = {
         "text": "= A Title =", "title": "On x", "abstract": "We study x.", "id": "0704.1", "content": "x = 1\n",
         "license": "mit", "repo_name": "a/b", "path": "c.py", "TEXT": "A paragraph.\n\nOne more.", "book": "I",
