@@ -125,7 +125,7 @@ def test_flags_of_hydra_keep_their_values_and_sweeps_their_lists() -> None:
 
 @pytest.mark.parametrize("interval", ["interval(1e-4,1e-2)", "tag(log,interval(1e-4,1e-2))"])
 def test_an_interval_reaches_the_sweeper_that_draws_from_it(interval: str) -> None:
-    arguments = ["-m", f"training.transformer.lr={interval}", f"experts.state_space.d_conv={interval}"]
+    arguments = ["-m", f"training.transformer.lr={interval}", f"optimizer.weight_decay={interval}"]
     assert check(*arguments) == [*arguments[:2], f"++{arguments[2]}"]
 
 
