@@ -185,7 +185,7 @@ def check_values(values: Mapping[str, Any]) -> None:
         if _has(values, path):
             _check(path, _select(values, path), rule)
     _check_needs(values)
-    if values.get("study"):
+    if values["phase"]["name"] == "study":  # other phases may be told a part of it
         check_study(values["study"])
     if values["phase"]["name"] not in WITHOUT_NETWORK:
         _check_networks(values)

@@ -203,6 +203,10 @@ def test_settings_of_the_mixture_may_be_said_to_a_phase_that_does_not_mix():
         config.validate(config._compose(["phase=expert", "++training.mla.static_tokens=0"], ROOT))
 
 
+def test_an_experiment_may_speak_of_a_study_to_another_phase():
+    config.validate(config._compose(["phase=expert", "experiments=study"], ROOT))
+
+
 def test_annotations_are_read_as_types():
     assert fits(3, float)
     assert not fits(True, int)
