@@ -23,12 +23,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from omegaconf import DictConfig, OmegaConf
+
 from nano_think.errors import UserError
+from nano_think.files import write_json
 
 T = TypeVar("T")
 
 ENTRY = Path(__file__).resolve().parents[2] / "train.py"
 LAUNCHER, SWEEPING = "NANO_THINK_LAUNCHER", "NANO_THINK_SWEEPING"
+# Phases that train in this process or in several; the others evaluate and write, or start processes themselves.
+TRAINING = ("expert", "mla", "finetune", "pipeline")
+# The strategy that prints what a fit would take instead of training.
+PLAN = "nano_think.phases.plan.Plan"
 # How long a rank waits for what rank 0 builds, and for the others in a step of a fit.
 BUILDING, STEPPING = timedelta(hours=24), timedelta(minutes=30)
 # Seconds that ranks have to end by themselves once rank 0 has ended, or another one has failed.
@@ -52,9 +59,8 @@ class Ranks:
         """The place that the environment gives this process."""
         if "RANK" not in os.environ:
             return cls()
-        from torch.distributed.rendezvous import (
-            rendezvous,
-        )  # slow to import, and needed by several processes alone
+        # slow to import, and needed by several processes alone
+        from torch.distributed.rendezvous import rendezvous
 
         store, rank, world = next(rendezvous("env://", timeout=STEPPING))
         if launcher := os.environ.get(LAUNCHER):
@@ -108,6 +114,66 @@ class Ranks:
             yield
         finally:
             dist.destroy_process_group()
+
+
+def number_of_processes(cfg: DictConfig) -> int:
+    """How many processes the fits of a run take; UserError for settings that contradict each other."""
+    if cfg.strategy._target_ == PLAN:
+        if cfg.phase.name not in TRAINING:
+            raise UserError(
+                f"phase={cfg.phase.name} trains nothing that could be planned: leave out strategy=plan"
+            )
+        return 1
+    devices = cfg.trainer.devices
+    per_machine = devices if isinstance(devices, int) and not isinstance(devices, bool) else 0
+    if OmegaConf.is_list(devices):
+        per_machine = len(devices)
+    if per_machine < 1:
+        raise UserError(f"trainer.devices={devices} is no number of processes: give 1 or more")
+    world = per_machine * (cfg.trainer.get("num_nodes") or 1)
+    if world > 1 and cfg.phase.name not in TRAINING:
+        raise UserError(
+            f"phase={cfg.phase.name} is the work of one process: leave out trainer.devices and strategy"
+        )
+    if world > 1 and cfg.strategy._target_.endswith(".single"):
+        raise UserError(
+            f"trainer.devices={devices} are {world} processes: add strategy=ddp or strategy=fsdp2"
+        )
+    if world > per_machine and "RANK" not in os.environ:
+        raise UserError("trainer.num_nodes needs a process on every machine: start train.py with torchrun")
+    started = int(os.environ.get("WORLD_SIZE", world)) if "RANK" in os.environ else world
+    if started != world:
+        raise UserError(
+            f"{started} processes were started and trainer.devices asks for {world}: let both agree"
+        )
+    return world
+
+
+def run_in(world: int, overrides: list[str], directory: Path, sweeping: bool) -> float | None:
+    """The objective of a run in `world` processes of this machine; its manifest says how it ended.
+
+    Raises SystemExit where rank 0 has failed and said why. In a sweep that goes on: UserError with the reason, or
+    KeyboardInterrupt.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest = directory / "manifest.json"
+    try:
+        launch(overrides, directory, world, sweeping, threads=max(1, (os.cpu_count() or 1) // world))
+    except BaseException as error:
+        known = _read(manifest)
+        if known.get("status", "running") == "running":
+            known |= {"status": "failed", "error": f"ended with status {error}"}
+            write_json(manifest, known)
+        if sweeping and isinstance(error, SystemExit):
+            if known["status"] == "interrupted":
+                raise KeyboardInterrupt from error
+            raise UserError(known.get("error") or f"rank 0 ended with status {error}") from error
+        raise
+    return _read(manifest)["result"].get("objective")
+
+
+def _read(manifest: Path) -> dict[str, Any]:
+    return json.loads(manifest.read_text()) if manifest.is_file() else {}
 
 
 def launch(overrides: list[str], directory: Path, world: int, sweeping: bool, threads: int) -> None:

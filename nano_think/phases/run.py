@@ -39,7 +39,7 @@ from nano_think.artifacts.recipe import COMPLETE_MARK, Recipe
 from nano_think.config import validate
 from nano_think.errors import UserError
 from nano_think.files import atomic_dir, atomic_write, hash_json, locked, write_json
-from nano_think.phases.ranks import SWEEPING, Ranks, launch
+from nano_think.phases.ranks import PLAN, SWEEPING, Ranks, number_of_processes, run_in
 
 # What only the phase named on the command line receives; everything else reaches prerequisites too.
 OWN_KEYS = {"phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run"}
@@ -50,12 +50,6 @@ LARGE = 1 << 20
 WITH_MLA = {"mla", "finetune", "eval", "audit", "generate", "pipeline", "study"}
 # Where a run computes, which a prerequisite does too.
 HANDED_ON = {"trainer.devices", "trainer.num_nodes", "trainer.accelerator"}
-# Phases that train in this process or in several; the others evaluate and write, or start processes themselves.
-TRAINING = ("expert", "mla", "finetune", "pipeline")
-
-
-# The strategy that prints what a fit would take instead of training.
-PLAN = "nano_think.phases.plan.Plan"
 
 
 class Followed(Exception):
@@ -325,7 +319,7 @@ def run_phase(cfg: DictConfig) -> float | None:
     sweeping = job.mode == RunMode.MULTIRUN
     world = number_of_processes(cfg)
     if world > 1 and "RANK" not in os.environ:
-        return _launched(cfg, overrides, directory, world, sweeping)
+        return run_in(world, overrides, directory, sweeping)
     ranks = Ranks.here() if world > 1 else Ranks()
     run = Run(cfg, overrides, _shared(ranks, directory), console(quiet=ranks.follows), ranks)
     run.sweeping = sweeping or bool(os.environ.get(SWEEPING))
@@ -346,56 +340,6 @@ def run_phase(cfg: DictConfig) -> float | None:
     run.record(status="done", artifacts=run.used, result=result)
     run.say(f"[dim]run folder: {run.dir}[/dim]")
     return result.get("objective")
-
-
-def number_of_processes(cfg: DictConfig) -> int:
-    """How many processes the fits of a run take; UserError for settings that contradict each other."""
-    if cfg.strategy._target_ == PLAN:
-        if cfg.phase.name not in TRAINING:
-            raise UserError(
-                f"phase={cfg.phase.name} trains nothing that could be planned: leave out strategy=plan"
-            )
-        return 1
-    devices = cfg.trainer.devices
-    per_machine = devices if isinstance(devices, int) and not isinstance(devices, bool) else 0
-    if OmegaConf.is_list(devices):
-        per_machine = len(devices)
-    if per_machine < 1:
-        raise UserError(f"trainer.devices={devices} is no number of processes: give 1 or more")
-    world = per_machine * (cfg.trainer.get("num_nodes") or 1)
-    if world > 1 and cfg.phase.name not in TRAINING:
-        raise UserError(
-            f"phase={cfg.phase.name} is the work of one process: leave out trainer.devices and strategy"
-        )
-    if world > 1 and cfg.strategy._target_.endswith(".single"):
-        raise UserError(
-            f"trainer.devices={devices} are {world} processes: add strategy=ddp or strategy=fsdp2"
-        )
-    if world > per_machine and "RANK" not in os.environ:
-        raise UserError("trainer.num_nodes needs a process on every machine: start train.py with torchrun")
-    started = int(os.environ.get("WORLD_SIZE", world)) if "RANK" in os.environ else world
-    if started != world:
-        raise UserError(
-            f"{started} processes were started and trainer.devices asks for {world}: let both agree"
-        )
-    return world
-
-
-def _launched(
-    cfg: DictConfig, overrides: list[str], directory: Path, world: int, sweeping: bool
-) -> float | None:
-    """The objective of a run of several processes on this machine; its manifest says how it ended."""
-    directory.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // world)
-    manifest = directory / "manifest.json"
-    try:
-        launch(overrides, directory, world, sweeping, threads)
-    except BaseException as error:
-        known = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        if known.get("status", "running") == "running":
-            write_json(manifest, {**known, "status": "failed", "error": str(error)})
-        raise
-    return json.loads(manifest.read_text())["result"].get("objective")
 
 
 def _shared(ranks: Ranks, directory: Path) -> Path:

@@ -18,8 +18,8 @@ from torch.distributed import HashStore
 from nano_think.errors import UserError
 from nano_think.ops import processes
 from nano_think.phases import ranks as ranks_module
-from nano_think.phases.ranks import Ranks, launch
-from nano_think.phases.run import Followed, Maker, Run, number_of_processes
+from nano_think.phases.ranks import Ranks, launch, number_of_processes, run_in
+from nano_think.phases.run import Followed, Maker, Run
 from nano_think.tasks.base import FitTask
 
 ROOT = Path(ranks_module.__file__).resolve().parents[2]
@@ -28,11 +28,14 @@ WAIT = 120.0
 
 def start(monkeypatch, tmp_path: Path, script: str, world: int = 2) -> None:
     """`launch` with a script in the place of train.py; `rank` and `here`, a folder, are known to it."""
-    head = "import json, os, sys, time, signal\nfrom pathlib import Path\n"
-    head += f"rank, here = int(os.environ['RANK']), Path({str(tmp_path)!r})\n"
-    (tmp_path / "entry.py").write_text(head + script)
+    head = "import json, os, sys, time, signal\n"
+    (tmp_path / "entry.py").write_text(head + place(tmp_path) + script)
     monkeypatch.setattr(ranks_module, "ENTRY", tmp_path / "entry.py")
     launch(["a=b"], tmp_path / "run", world, sweeping=True, threads=1)
+
+
+def place(folder: Path) -> str:
+    return f"from pathlib import Path\nrank, here = int(os.environ['RANK']), Path({str(folder)!r})\n"
 
 
 def test_processes_know_their_place_and_command(monkeypatch, tmp_path):
@@ -69,6 +72,35 @@ def test_the_status_of_rank_0_is_that_of_the_run(monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as end:
         start(monkeypatch, tmp_path, "sys.exit(3) if rank == 0 else time.sleep(600)")
     assert end.value.code == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "raised"),
+    [(None, "ended with status 3"), ("failed", "no text"), ("interrupted", None), ("done", None)],
+)
+def test_a_sweep_learns_how_the_run_of_several_processes_ended(monkeypatch, tmp_path, status, raised):
+    said = {"status": status, "error": "no text", "result": {"objective": 1.5}}
+    script = (
+        f"(here / 'run' / 'manifest.json').write_text({json.dumps(said)!r}) if {status is not None} else 0\n"
+    )
+    script += f"sys.exit({0 if status == 'done' else 3} if rank == 0 else 0)"
+    (tmp_path / "entry.py").write_text(f"import os, sys\n{place(tmp_path)}{script}")
+    monkeypatch.setattr(ranks_module, "ENTRY", tmp_path / "entry.py")
+    monkeypatch.setattr(ranks_module, "GRACE_WITHOUT_FIRST", 0.5)
+
+    def run() -> float | None:
+        return run_in(2, [], tmp_path / "run", sweeping=True)
+
+    if raised is not None:
+        with pytest.raises(UserError, match=raised):
+            run()
+    elif status == "interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    else:
+        assert run() == 1.5
+    found = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert found["status"] == (status or "failed")
 
 
 def test_an_interrupt_reaches_each_process_once(monkeypatch, tmp_path):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,14 @@ class Failing(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step == 4 and trainer.global_rank == trainer.world_size - 1:
             raise RuntimeError("a plug was pulled")
+
+
+class Slow(L.Callback):
+    """Takes its time after the first saved state, so that an interrupt comes before the end."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 4:
+            time.sleep(5)
 
 
 FAILS = "++callbacks.failing._target_=tests.phases.test_two_processes.Failing"
@@ -168,3 +178,42 @@ def test_every_phase_equals_one_process(project, strategy, optimizer):
             for (_, a), (_, b) in zip(expected["history"], found["history"], strict=True):
                 assert b == pytest.approx(a, rel=LOSSES), kind
         assert_same_weights(one, two)
+
+
+@pytest.mark.slow
+def test_an_interrupt_is_agreed_on_saved_and_gone_on_from(single, project):
+    """Ctrl+C comes to the ranks in different steps; the state is that of one step, and nothing of it is lost."""
+    overrides = [
+        *FIT,
+        *RANKS,
+        "strategy=ddp",
+        "++callbacks.slow._target_=tests.phases.test_two_processes.Slow",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ranks.ENTRY.parent)}
+    command = [
+        sys.executable,
+        str(ranks.ENTRY),
+        *TINY,
+        f"data.root={project.texts}",
+        f"run.root={project.root}",
+    ]
+    process = subprocess.Popen(
+        [*command, *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        until = time.monotonic() + WAIT
+        while not list((project.root / "artifacts").glob(".work/*/newest.ckpt")):
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "interrupted: the same command goes on" in errors
+    (folder,) = (project.root / "runs" / "expert").iterdir()
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "interrupted"
+    run = project.new(*FIT)
+    assert_same(single, run.obtain(expert_maker(run, "transformer")))
+    assert "resuming transformer from" in run.console.file.getvalue()
