@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from nano_think.artifacts.build import MARKS, build, locate
 from nano_think.errors import brief
+from nano_think.signatures import fits
 
 # What a network may ask for besides its weights (tables of noise and angles, drafts of initial values): numbers,
 # and operations and parts for each of its tensors. Ours take less than 4 M numbers, 20 operations and 6 parts.
@@ -96,22 +96,21 @@ def _check_types(spec: Any) -> None:
     for part in spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ():
         _check_types(part)
     if isinstance(spec, dict) and "_target_" in spec:
-        hints = get_type_hints(locate(spec["_target_"]).__init__)
+        target = locate(spec["_target_"])
+        hints = get_type_hints(target.__init__)
         for name, value in spec.items():
-            if name not in MARKS and not _fits(value, hints.get(name, Any)):
-                raise ValueError(f"{name} is {brief(value, 40)!a}, not {hints[name]}")
+            hint = hints.get(name, Any)
+            if name not in MARKS and not (fits(value, hint) and _counts(value, hint)):
+                raise ValueError(
+                    f"{brief(name, 40)}={brief(value, 40)} is nothing that {target.__name__} takes"
+                )
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value may stand for an annotation; one that names no plain type takes all."""
-    choices = get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, choice) for choice in choices)
-    if get_origin(hint) is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in choices)
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint if hint in (bool, int, str, type(None)) else True
+def _counts(value: Any, hint: Any) -> bool:
+    """Whether a whole number can be a size, a count or a seed: none is negative or beyond what is counted to."""
+    if type(value) is not int:
+        return True
+    return 0 <= value < 1 << 63 or (float in (hint, *get_args(hint)) and abs(value) < 1 << 53)
 
 
 def _same_tensors(described: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -58,7 +58,7 @@ def check_state(path: str | Path, task: Any) -> None:
         for saved in state["callbacks"].values():
             if isinstance(saved, dict) and set(saved) == set(SELECTION):
                 _check_selection(saved, task.network)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise cannot_go_on(path, error) from error
 
 

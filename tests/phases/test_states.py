@@ -108,6 +108,7 @@ CHANGES = {
     ),
     "moments": lambda s: _first(s["optimizer_states"][0]["state"]).update(exp_avg=torch.ones(3, 3, 3)),
     "groups": lambda s: s["optimizer_states"][0]["param_groups"].pop(),
+    "groups of a tensor": lambda s: s["optimizer_states"][0]["param_groups"][0].update(params=torch.ones(2)),
     "of more parameters": lambda s: s["optimizer_states"][0]["state"].update({999: {}}),
     "best weights": lambda s: _first(
         {k: v for k, v in s["callbacks"].items() if "Selection" in k}
