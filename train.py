@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from nano_think.config import checked_overrides, register_schema
 from nano_think.errors import UserError
 from nano_think.phases import sweep
+from nano_think.phases.resume import continued
 from nano_think.phases.run import run_phase
 
 ROOT = Path(__file__).resolve().parent
@@ -37,12 +38,15 @@ def _job(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Check what was typed, then let Hydra compose and run it."""
+    follows = int(os.environ.get("RANK", "0")) > 0
     try:
         arguments = checked_overrides(sys.argv[1:], ROOT)
+        if not follows:
+            arguments = continued(arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
     register_schema()
-    if int(os.environ.get("RANK", "0")) > 0:  # Hydra keeps no folder for a process that writes none
+    if follows:  # Hydra keeps no folder for a process that writes none
         arguments += ["hydra.run.dir=${run.root}", "hydra.output_subdir=null"]
     sys.argv = [sys.argv[0], "--config-dir", str(ROOT), *arguments]
     try:

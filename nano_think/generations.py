@@ -10,13 +10,12 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nano_think.errors import UserError, brief
-from nano_think.files import atomic_dir, atomic_write, read_json
+from nano_think.files import atomic_dir, atomic_write, read_json, remove_abandoned, remove_dir
 
 _KEPT = 2
 
@@ -37,9 +36,8 @@ def new_generation(root: str | Path, manifest: dict[str, Any]) -> Iterator[Path]
         (folder / "manifest.json").write_text(json.dumps(manifest | {"files": files}, indent=2) + "\n")
     atomic_write(root / "CURRENT", name + "\n")
     for number in sorted(_numbers(root))[:-_KEPT]:
-        shutil.rmtree(root / _name(number))
-    for abandoned in root.glob(".generation-*.tmp"):  # of a writer that was killed
-        shutil.rmtree(abandoned)
+        remove_dir(root / _name(number))
+    remove_abandoned(root)
 
 
 def current_generation(root: str | Path) -> tuple[Path, dict[str, Any]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -168,4 +169,184 @@ def test_a_lock_can_be_given_up_at_once_and_ends_with_its_process(tmp_path) -> N
     gone = pytest.raises(OSError, match="disk gone")
     with files.locked(path, refuse), gone, files.locked(path, refuse):
         pytest.fail("two have the lock")
+
+
+LOCKED = """
+import sys, time
+from nano_think import files
+with files.atomic_dir('d') as new:
+    (new / 'x').write_text('half')
+    staged = files.StagedFile('f', 'half')
+    print('writing', flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process in the midst of writing a folder and a file; it ends with its standard input."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOCKED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ROOT},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_of_a_living_one(tmp_path, writer) -> None:
+    half = names(tmp_path)
+    assert len(half) == 2
+    assert all(name.endswith(".tmp") for name in half)
+    (tmp_path / "mine.tmp").write_text("a user's")
+    assert files.remove_abandoned(tmp_path) == 0
+    assert names(tmp_path) == sorted([*half, "mine.tmp"])
+    writer.kill()
+    writer.wait()
+    assert files.remove_abandoned(tmp_path) == 2
+    assert names(tmp_path) == ["mine.tmp"]
+
+
+def test_a_forked_worker_does_not_keep_the_lock_of_its_parent(tmp_path) -> None:
+    """Workers of a loader outlive a killed trainer by seconds."""
+    script = """
+import os, time
+from nano_think import files
+with files.atomic_dir('d') as new, files.sole_owner('.') as alone:
+    assert alone
+    if os.fork() == 0:
+        print('forked', flush=True)
+        time.sleep(600)
+    os.wait()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ROOT},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"forked\n"
+    try:
+        with files.sole_owner(tmp_path) as alone:
+            assert not alone
+        process.kill()
+        process.wait()
+        with files.sole_owner(tmp_path) as alone:
+            assert alone
+        assert files.remove_abandoned(tmp_path) == 1
+    finally:
+        os.killpg(process.pid, 9)
+
+
+def test_file_then_name_then_folder_reach_the_disk_in_this_order(tmp_path, monkeypatch) -> None:
+    order = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_sync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        order.append("folder" if path.is_dir() else "content")
+        fsync(handle)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        order.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    files.atomic_write(tmp_path / "x", "new")
+    assert order == ["content", "name", "folder"]
+    order.clear()
+    files.atomic_write(tmp_path / "a" / "b" / "x", "new")
+    assert order == ["folder", "folder", "content", "name", "folder"]
+
+
+def test_a_full_disk_at_any_write_keeps_the_old_file_and_names_it(tmp_path, monkeypatch) -> None:
+    """ENOSPC may come from making a name, writing, syncing or renaming."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for place in ((files.Path, "touch"), (files.Path, "write_bytes"), (os, "fsync"), (os, "replace")):
+        files.atomic_write(tmp_path / "x", "old")
+
+        def refuse(*_: object) -> None:
+            raise full
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, refuse)
+            with pytest.raises(OSError) as caught:
+                files.atomic_write(tmp_path / "x", "new")
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == str(tmp_path / "x")
+        assert (tmp_path / "x").read_text() == "old"
+        assert names(tmp_path) == ["x"]
+    files.atomic_write(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "new"
+
+
+def test_a_state_that_is_staged_appears_only_when_published(tmp_path) -> None:
+    first = files.StagedFile(tmp_path / "x", b"first")
+    assert not (tmp_path / "x").exists()
+    first.publish()
+    second = files.StagedFile(tmp_path / "x", memoryview(b"second"))
+    assert (tmp_path / "x").read_bytes() == b"first"
+    second.discard()
+    assert (tmp_path / "x").read_bytes() == b"first"
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_folder_that_is_replaced_is_the_old_one_or_the_new_one(tmp_path) -> None:
+    for text in ("old", "new"):
+        with files.atomic_dir(tmp_path / "d", replace=True) as new:
+            (new / f"{text}.txt").write_text(text)
+    assert names(tmp_path) == ["d"]
+    assert names(tmp_path / "d") == ["new.txt"]
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_a_kill_at_any_step_of_replacing_leaves_no_half_of_a_folder(tmp_path, count) -> None:
+    """Whole, or for a moment not there; what the kill left is gone after the next start."""
+    code = f"""
+import shutil
+left = {count}
+def counted(function):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if not left:
+            os._exit(9)
+        return function(*arguments, **options)
+    return call
+os.rename, os.fsync, os.unlink = counted(os.rename), counted(FSYNC), counted(os.unlink)
+with files.atomic_dir('d', replace=True) as new:
+    (new / 'a').write_text('new'); (new / 'b').write_text('new')
+os._exit(9)
+"""
+    with files.atomic_dir(tmp_path / "d") as new:
+        for name in "ab":
+            (new / name).write_text("old")
+    run_and_die(tmp_path, "chroot", code.replace("FSYNC", "lambda handle: None"))
+    files.remove_abandoned(tmp_path)
+    assert names(tmp_path) in ([], ["d"])
+    if (tmp_path / "d").exists():
+        assert names(tmp_path / "d") == ["a", "b"]
+        assert len({(tmp_path / "d" / name).read_text() for name in "ab"}) == 1
+
+
+def test_a_removed_folder_is_never_half_there(tmp_path, monkeypatch) -> None:
+    with files.atomic_dir(tmp_path / "d") as new:
+        (new / "x").write_text("1")
+    seen = []
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, **options: (seen.append(path), rmtree(path, **options))
+    )
+    files.remove_dir(tmp_path / "d")
+    files.remove_dir(tmp_path / "never there")
+    assert seen[0] != tmp_path / "d"
     assert names(tmp_path) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from nano_think.engine.quantized import generate_quantized
 from nano_think.engine.render import TokenPrinter, token_records
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.errors import UserError
-from nano_think.files import write_json
+from nano_think.files import remove_dir, write_json
 from nano_think.model import NanoThink
 from nano_think.nn.quantized import Kind
 from nano_think.signatures import short
@@ -74,7 +73,7 @@ class Session:
                 "(`python train.py phase=mla expert=all stage=7d`)"
             )
         if reset:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_dir(folder)
         self.name, self.folder, self.number = name, folder, session_id(name)
         self.memory = load_memory(folder) or base
         if self.memory.encoder.fingerprint() != base.encoder.fingerprint():

@@ -38,8 +38,19 @@ from nano_think.artifacts import provenance
 from nano_think.artifacts.recipe import COMPLETE_MARK, Recipe
 from nano_think.config import validate
 from nano_think.errors import UserError
-from nano_think.files import atomic_dir, atomic_write, hash_json, locked, write_json
+from nano_think.files import (
+    atomic_dir,
+    atomic_write,
+    hash_json,
+    locked,
+    remove_abandoned,
+    remove_dir,
+    sole_owner,
+    write_json,
+)
+from nano_think.phases.disk import disk_trouble
 from nano_think.phases.ranks import PLAN, SWEEPING, Ranks, number_of_processes, run_in
+from nano_think.phases.resume import what_stays
 
 # What only the phase named on the command line receives; everything else reaches prerequisites too.
 OWN_KEYS = {"phase", "stage", "optimizer", "schedule", "trainer", "callbacks", "logger", "ckpt", "run"}
@@ -193,6 +204,7 @@ class Run:
                 self._check_unchanged(maker)
                 self.say(f"[dim]reused {maker.kind} {recipe.hash}[/dim]")
             self.used[recipe.hash] = maker.kind
+            self._forget_work(maker)
             return path
         if self.cfg.prerequisites == "require" and not named:
             raise UserError(f"{maker.kind} {recipe.hash} is missing: make it with `{maker.command}`")
@@ -236,7 +248,7 @@ class Run:
             }
             files = provenance.fingerprints(temporary)
             write_json(temporary / COMPLETE_MARK, {**made, "content": hash_json(files), "files": files})
-        shutil.rmtree(self.work_dir(maker), ignore_errors=True)
+        self._forget_work(maker)
         self.say(f"built {maker.kind} {recipe.hash} in {seconds} s")
 
     def _follow(self, maker: Maker, path: Path) -> Path:
@@ -272,6 +284,10 @@ class Run:
         """Where a build keeps what a restart continues from; gone once the artefact is complete."""
         return self.artifacts / ".work" / f"{maker.kind}-{maker.recipe.hash}"
 
+    def _forget_work(self, maker: Maker) -> None:
+        with contextlib.suppress(OSError):  # it costs space, no more
+            remove_dir(self.work_dir(maker))
+
     @staticmethod
     def provenance_of(artifact: Path) -> dict[str, Any]:
         """What an artefact was made from and by, how long that took, and its result."""
@@ -292,17 +308,8 @@ class Run:
         target = self.root / "checkpoints" / name
         if self.ranks.follows:
             return target
-        fresh = target.with_name(f".{name}.{os.getpid()}-{time.time_ns()}.new")
-        with atomic_dir(fresh) as temporary:
+        with atomic_dir(target, replace=True) as temporary:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
-        for attempts_left in reversed(range(5)):
-            shutil.rmtree(target, ignore_errors=True)
-            try:
-                fresh.rename(target)
-                break
-            except OSError:  # another process that publishes now has put its own there in between
-                if not attempts_left:
-                    raise
         return target
 
 
@@ -323,19 +330,38 @@ def run_phase(cfg: DictConfig) -> float | None:
     ranks = Ranks.here() if world > 1 else Ranks()
     run = Run(cfg, overrides, _shared(ranks, directory), console(quiet=ranks.follows), ranks)
     run.sweeping = sweeping or bool(os.environ.get(SWEEPING))
-    run.dir.mkdir(parents=True, exist_ok=True)
-    if not ranks.follows:
-        atomic_write(run.dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    run.record(command=["train.py", *run.overrides], seed=cfg.seed, **versions(), status="running")
-    module, _, name = cfg.phase.run.rpartition(".")
     try:
-        if cfg.strategy._target_ == PLAN:
-            result = instantiate(cfg.strategy)(run)
+        run.dir.mkdir(parents=True, exist_ok=True)
+        with nullcontext(True) if ranks.follows else sole_owner(run.dir) as alone:
+            if not alone:
+                raise UserError(
+                    f"another process is at work in {run.dir}: wait for it or name another run.dir="
+                )
+            return _run(run)
+    except Exception as error:
+        trouble = disk_trouble(error, run.root)
+        if trouble is None:
+            raise
+        raise trouble from error
+
+
+def _run(run: Run) -> float | None:
+    if not run.ranks.follows:
+        for folder in (run.artifacts, run.root / "checkpoints", run.root / "sessions", run.dir):
+            remove_abandoned(folder)
+        run.manifest = what_stays(run.dir)
+        atomic_write(run.dir / "config.yaml", OmegaConf.to_yaml(run.cfg, resolve=True))
+    run.record(command=["train.py", *run.overrides], seed=run.cfg.seed, **versions(), status="running")
+    module, _, name = run.cfg.phase.run.rpartition(".")
+    try:
+        if run.cfg.strategy._target_ == PLAN:
+            result = instantiate(run.cfg.strategy)(run)
         else:
             result = getattr(import_module(module), name)(run)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        run.record(status=status, error=str(error), artifacts=run.used)
+        with contextlib.suppress(OSError):  # a disk that is full takes no record of it either
+            run.record(status=status, error=str(error), artifacts=run.used)
         raise
     run.record(status="done", artifacts=run.used, result=result)
     run.say(f"[dim]run folder: {run.dir}[/dim]")

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import Logger
 
 from nano_think.callbacks.dashboard import Dashboard
 from nano_think.callbacks.first_step import FirstStep
@@ -29,6 +30,7 @@ from nano_think.phases.choices import Choices
 from nano_think.phases.compiling import compiled
 from nano_think.phases.cost import Cost, cost_of, gemm_peak, within_budget
 from nano_think.phases.fit import Fit
+from nano_think.phases.logs import continue_logs, logger_at, resumed_step
 from nano_think.phases.probe import PROBE_TOKENS, Probe
 from nano_think.phases.scan_backend import choose_scan, chosen_scan
 from nano_think.phases.states import TakenUp, cannot_go_on, check_state
@@ -83,10 +85,14 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
     fit.run.record_fit(fit.label, peak_flops=peak, flops_per_token=cost.per_token)
     taken_up = TakenUp()
     callbacks = [selection, taken_up, *_callbacks(fit, task, work, cost, peak)]
-    trainer = _trainer(fit, callbacks, max_steps, interval, per_epoch, how["precision"], strategy)
     newest = _newest(work) if fit.run.cfg.resume == "auto" else None
     if newest is not None:
         check_state(newest, task)
+    folder, step = fit.run.dir / "tensorboard" / fit.label, resumed_step(newest)
+    if not ranks.follows:
+        continue_logs(folder, work, step)
+    logger = logger_at(fit.run.cfg.logger, folder, step)
+    trainer = _trainer(fit, callbacks, logger, max_steps, interval, per_epoch, how["precision"], strategy)
     scan = chosen_scan(task, choices.get("scan"), _device(fit), fit.run.cfg.precision, fit.run.say)
     group = ranks.group(f"fit {fit.label}", _device(fit).type)
     with warnings.catch_warnings(), float32_matmul(how["float32_matmul"]), scan, group:
@@ -199,21 +205,20 @@ def _callbacks(fit: Fit, task: FitTask, work: Path, cost: Cost, peak: float) -> 
 def _trainer(
     fit: Fit,
     callbacks: list[L.Callback],
+    logger: Logger,
     max_steps: int,
     interval: int,
     per_epoch: int,
     precision: str,
     strategy: Any,
 ) -> L.Trainer:
-    folder = fit.run.dir / "tensorboard" / fit.label
-    folder.mkdir(parents=True, exist_ok=True)
     own = ("max_epochs", "max_steps", "val_check_interval", "accumulate_grad_batches")
     # whole optimizer steps: an epoch that ended between two would cut its last step short
     settings = {"limit_train_batches": per_epoch * fit.accumulate, **fit.trainer}
     return instantiate(
         {key: value for key, value in settings.items() if key not in own},
         callbacks=callbacks,
-        logger=instantiate(fit.run.cfg.logger, save_dir=str(folder)),
+        logger=logger,
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=fit.accumulate,
@@ -222,7 +227,7 @@ def _trainer(
         num_sanity_val_steps=0,
         precision=precision,
         strategy=strategy,
-        default_root_dir=str(folder),
+        default_root_dir=logger.save_dir,
         enable_progress_bar=False,
     )
 

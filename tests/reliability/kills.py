@@ -1,0 +1,369 @@
+"""Kill runs of train.py again and again, start them again, and compare what they leave with undisturbed ones.
+
+    python -m tests.reliability.kills --kills 200 --out DIR      all phases, until every place has its share
+    python -m tests.reliability.kills --short --out DIR          one short chain
+
+Most processes are forked from this one, in which the libraries are imported already; every tenth is a new one.
+Nothing here has started a thread when it forks, so a child begins as a fresh process would after its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.reliability.compare import differences
+from tests.reliability.moments import ROOT, Moment, run_train
+
+INTERVAL, STEPS = 3, 24
+WORDS = [
+    "the",
+    "old",
+    "river",
+    "bends",
+    "past",
+    "seven",
+    "quiet",
+    "mills",
+    "where",
+    "nobody",
+    "grinds",
+    "corn",
+]
+TINY = ("size=tiny", "size.vocab_size=300", "data=jsonl", "data.val_rows=4", "data.processes=1")
+TINY += (
+    "data.train_tokens=8192",
+    "model.retrieval.chunk=16",
+    "model.store.rows=8",
+    "++training.mla.static_tokens=1024",
+)
+TINY += ("callbacks.samples.max_new_tokens=2", "precision=32-true", "eval.resamples=20", "eval.rows=4")
+OFTEN = {
+    "trainer.max_steps": STEPS,
+    "trainer.val_check_interval": 8,
+    "trainer.log_every_n_steps": 1,
+    "callbacks.checkpoint.every_n_train_steps": INTERVAL,
+}
+
+
+def often(prefix: str = "", steps: int = STEPS) -> list[str]:
+    """Settings of a fit that saves, logs and validates all the time, for the phase named or for a prerequisite."""
+    return [f"{prefix}{key}={steps if value == STEPS else value}" for key, value in OFTEN.items()]
+
+
+PREREQUISITES = (*often("prereq.expert.", 6), *often("prereq.mla.", 6))
+# A place is passed at most so often before the kill; between two saved states a checkpoint's four times.
+MOST = {"validation": 1, "anywhere": 6, "shards": 14, "corpus": 10, "tokenizer": 5, "store": 6, "report": 16}
+TRAINING = {"checkpoint": 9, "validation": 4, "anywhere": 4}
+ENDING = ({"last step": 3}, {"artefact": 3}, {"published": 2}, {"manifest": 1})
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A command that is killed some twenty times.
+
+    plan: how often each place is tried, stage after stage, in random order within a stage. A process that comes to
+    its end without passing its place ends the chain.
+    begins_with: the chain whose undisturbed result it starts from.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    plan: tuple[dict[str, int], ...] = (TRAINING, *ENDING)
+    begins_with: str | None = "data"
+
+
+MAKING_DATA = ({"corpus": 3}, {"tokenizer": 3}, {"shards": 11})
+CHAINS = [
+    Chain("data", ("phase=data",), (*MAKING_DATA, {"report": 1}, {"manifest": 1}), None),
+    Chain("tokenizer", ("phase=tokenizer",), ({"corpus": 1}, {"tokenizer": 4}, {"manifest": 1}), None),
+    Chain("6a", ("phase=expert", "expert=transformer", "trainer.accumulate_grad_batches=2", *often())),
+    Chain("6b", ("phase=expert", "expert=diffuser", "data.num_workers=1", *often(), *PREREQUISITES)),
+    Chain("6c", ("phase=expert", "expert=state_space", *often(), *PREREQUISITES)),
+    Chain(
+        "7a-7d",
+        ("phase=mla", "expert=all", "trainer.accumulate_grad_batches=2", *often(steps=12), *PREREQUISITES),
+        ({"checkpoint": 10, "validation": 5, "anywhere": 5}, {"store": 12}, *ENDING),
+        "experts",
+    ),
+    Chain(
+        "finetune", ("phase=finetune", "expert=transformer", *often(), *PREREQUISITES), begins_with="experts"
+    ),
+    Chain(
+        "pipeline",
+        ("phase=pipeline", *PREREQUISITES, *often(steps=6)),
+        (*MAKING_DATA, TRAINING, {"report": 12}, {"manifest": 1}),
+        None,
+    ),
+    Chain(
+        "eval", ("phase=eval", *PREREQUISITES, *often(steps=6)), ({"report": 3}, {"manifest": 1}), "pipeline"
+    ),
+]
+# Where others begin.
+EXPERTS = Chain("experts", ("phase=expert", "expert=all", *often(steps=6)))
+SHORT = Chain(
+    "short",
+    ("phase=expert", "expert=transformer", "trainer.accumulate_grad_batches=2", *often(steps=8)),
+    ({"shards": 1}, {"checkpoint": 2}, {"validation": 1}, {"last step": 1}, {"artefact": 1}),
+    None,
+)
+
+
+@dataclass
+class Kill:
+    """One kill: in which chain and place, whether that run had saved a state before, and what was lost."""
+
+    chain: str
+    place: str
+    path: str
+    cold: bool
+    after_checkpoint: bool
+    recomputed: int = 0
+
+
+def texts(folder: Path) -> Path:
+    """Two domains of text, so little that a fit passes over it more than once."""
+    rng = random.Random(0)
+    for domain, words in {"prose": WORDS, "lists": [f"item {n};" for n in range(40)]}.items():
+        (folder / domain).mkdir(parents=True)
+        with open(folder / domain / "part.jsonl", "w", encoding="utf-8") as file:
+            for number in range(150):
+                text = " ".join(rng.choice(words) for _ in range(rng.randint(20, 90)))
+                file.write(json.dumps({"text": f"{number}: {text}."}) + "\n")
+    return folder
+
+
+class Harness:
+    """Runs chains below one folder."""
+
+    def __init__(self, out: Path, seed: int) -> None:
+        self.out, self.rng = out, random.Random(seed)
+        self.texts, self.started = texts(out / "texts"), 0
+        self.cpu = 0.0
+        self.kills: list[Kill] = []
+        self.finished: list[str] = []
+        self.failed: list[str] = []
+
+    def start(self, arguments: list[str], moment: Moment, cold: bool) -> int:
+        """Run train.py to its end, killed or not; its exit status, -9 where it was killed."""
+        self.started += 1
+        with open(self.out / "output.txt", "ab") as output:
+            if cold:
+                command = [sys.executable, "-m", "tests.reliability.moments", moment.spec(), *arguments]
+                return subprocess.run(command, stdout=output, stderr=output, cwd=ROOT, check=False).returncode
+            sys.stdout.flush()
+            child = os.fork()
+            if child == 0:
+                _child(arguments, moment, output.fileno())
+            _, status, usage = os.wait4(child, 0)
+            self.cpu += usage.ru_utime + usage.ru_stime
+            return os.waitstatus_to_exitcode(status)
+
+    def arguments(self, chain: Chain, root: Path, seed: int) -> list[str]:
+        """The command line of a chain."""
+        return [*TINY, *chain.arguments, f"seed={seed}", f"data.root={self.texts}", f"run.root={root}"]
+
+    def undisturbed(self, chain: Chain, seed: int) -> Path:
+        """The root of a run that nobody killed, made once."""
+        root = self.out / f"{chain.name}-{seed}-undisturbed"
+        if not root.exists():
+            self._begin(chain, seed, root)
+            never = Moment("", 0, False, str(self.out / "undisturbed.txt"))
+            status = self.start(self.arguments(chain, root, seed), never, cold=False)
+            if status:
+                raise RuntimeError(f"{chain.name} fails by itself: see {self.out / 'output.txt'}")
+        return root
+
+    def _begin(self, chain: Chain, seed: int, root: Path) -> None:
+        """Give a root what the chain starts from."""
+        root.mkdir()
+        if chain.begins_with is not None:
+            before = self.undisturbed(
+                next(c for c in [EXPERTS, *CHAINS] if c.name == chain.begins_with), seed
+            )
+            for part in ("artifacts", "checkpoints"):
+                if (before / part).exists():
+                    shutil.copytree(before / part, root / part)
+
+    def run(self, chain: Chain, seed: int) -> None:
+        """Kill and start again until the run comes to its end; raises AssertionError where that differs."""
+        reference, root = self.undisturbed(chain, seed), self.out / f"{chain.name}-{seed}"
+        self._begin(chain, seed, root)
+        journal = self.out / f"{chain.name}-{seed}.txt"
+        planned = []
+        for stage in chain.plan:
+            places = [place for place, count in stage.items() for _ in range(count)]
+            planned += self.rng.sample(places, len(places))
+        arguments = self.arguments(chain, root, seed)
+        mine: list[Kill] = []
+        for place in [*planned, ""]:
+            count = self.rng.randint(1, MOST.get(place, 4))
+            moment = Moment(place, count, self.rng.random() < 0.5, str(journal))
+            cold = self.started % 10 == 9
+            status = self.start(arguments, moment, cold)
+            if status == 0:
+                break
+            if status != -signal.SIGKILL:
+                raise RuntimeError(f"{chain.name}: exit status {status}, see {self.out / 'output.txt'}")
+            mine.append(_last_kill(chain.name, journal.read_text().splitlines(), cold))
+        _count_recomputed(mine, journal.read_text().splitlines())
+        self.kills += mine
+        found = differences(reference, root)
+        found += [f"{k.recomputed} steps done again after {k.place}" for k in mine if k.recomputed > INTERVAL]
+        if found:
+            self.failed.append(f"{chain.name}, seed {seed}: {'; '.join(found)}")
+            print(self.failed[-1], flush=True)
+            return
+        self.finished.append(f"{chain.name}-{seed}")
+        shutil.rmtree(root)
+        print(f"{self.finished[-1]}: {len(mine)} kills, equal to the undisturbed run", flush=True)
+
+
+def _child(arguments: list[str], moment: Moment, output: int) -> None:
+    """The life of a forked process."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    code = 1
+    try:
+        run_train(moment, arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _last_kill(chain: str, journal: list[str], cold: bool) -> Kill:
+    word, place, path = journal[-1].split("\t")
+    assert word == "killed", journal[-1]
+    return Kill(chain, place, Path(path).name, cold, "saved" in journal)
+
+
+def _count_recomputed(kills: list[Kill], journal: list[str]) -> None:
+    """What each kill cost: steps of a fit that were done before it and are done again after it."""
+    done: dict[str, int] = {}
+    number = -1
+    for line in journal:
+        word, *rest = line.split("\t")
+        if word == "killed":
+            number += 1
+        elif word == "from" and number >= 0:
+            again = done.get(rest[0], int(rest[1])) - int(rest[1])
+            kills[number].recomputed = max(kills[number].recomputed, again)
+        elif word == "step":
+            done[rest[0]] = int(rest[1])
+
+
+def table(kills: list[Kill]) -> str:
+    """One row a place, in Markdown."""
+    lines = [
+        "| killed in | kills | after the first checkpoint | steps done again, at most |",
+        "|---|---:|---:|---:|",
+    ]
+    places = sorted({kill.place for kill in kills})
+    for place in [*places, None]:
+        chosen = [kill for kill in kills if place in (None, kill.place)]
+        after = sum(kill.after_checkpoint for kill in chosen)
+        worst = max((kill.recomputed for kill in chosen), default=0)
+        lines.append(f"| {place or 'all'} | {len(chosen)} | {after} | {worst} |")
+    return "\n".join(lines)
+
+
+def enough(kills: list[Kill], wanted: int) -> bool:
+    """Whether there were as many kills as asked for, most after a first checkpoint, each place with its share."""
+    counts = Counter(kill.place for kill in kills)
+    places = ("checkpoint", "shards", "store", "report", "validation", "last step", "anywhere")
+    after = sum(kill.after_checkpoint for kill in kills)
+    return len(kills) >= wanted and after >= 0.75 * wanted and all(counts[place] >= 10 for place in places)
+
+
+def worker(out: Path, seed: int, chains: list[Chain]) -> dict[str, Any]:
+    """Run some chains in a process of their own; returns what came of them."""
+    out.mkdir()
+    child = os.fork()
+    if child == 0:
+        harness = Harness(out, seed)
+        try:
+            for chain in chains:
+                harness.run(chain, seed)
+        except Exception as error:
+            harness.failed.append(f"{type(error).__name__}: {error}")
+        summary = {"chains": harness.finished, "failed": harness.failed, "cpu": round(harness.cpu)}
+        summary["kills"] = [asdict(kill) for kill in harness.kills]
+        (out / "kills.json").write_text(json.dumps(summary, indent=1) + "\n")
+        os._exit(0)
+    os.waitpid(child, 0)
+    return json.loads((out / "kills.json").read_text())
+
+
+def main() -> None:
+    """See the top of this module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder that is made for the runs")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--short", action="store_true", help="one chain of six kills")
+    parser.add_argument("--only", nargs="*", help="names of chains, each once")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True)
+    _import_all()
+    began, seed, kills = time.perf_counter(), options.seed, []
+    named = {chain.name: chain for chain in CHAINS}
+    chains = [SHORT] if options.short else [named[name] for name in options.only or named]
+    results: list[dict[str, Any]] = []
+    while True:
+        results.append(worker(options.out.resolve() / f"seed{seed}", seed, chains))
+        kills += [Kill(**kill) for kill in results[-1]["kills"]]
+        seed += 1
+        failed = [line for result in results for line in result["failed"]]
+        if failed or options.short or options.only or enough(kills, options.kills):
+            break
+    seconds = round(time.perf_counter() - began)
+    (options.out / "kills.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(kills))
+    made, cold = sum(len(result["chains"]) for result in results), sum(kill.cold for kill in kills)
+    print(f"{len(kills)} kills in {made} chains, {cold} of new processes, {seconds} s")
+    if failed:
+        sys.exit("\n".join(["not equal to the undisturbed run:", *failed]))
+
+
+def _import_all() -> None:
+    """What train.py will import, so that forked children begin with it."""
+    import lightning.pytorch.loggers
+    import torch
+    import torch.utils.tensorboard
+
+    import nano_think.phases.evaluate
+    import nano_think.phases.mla
+    import nano_think.phases.pipeline
+    import nano_think.phases.trainer
+    import nano_think.tasks.denoise
+    import nano_think.tasks.route
+
+    torch.set_num_threads(1)
+    assert lightning.__version__
+    assert nano_think.__version__
+
+
+if __name__ == "__main__":
+    main()
