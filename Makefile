@@ -81,6 +81,9 @@ test: $(INSTALLED)  ## all fast tests
 test-slow: $(INSTALLED)  ## the tests that need minutes each
 	$(PYTEST) -m slow $(ARGS)
 
+kills: $(INSTALLED)  ## kill runs of every phase 200 times and compare what they leave
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.kills --out outputs/kills $(ARGS)
+
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -112,5 +115,5 @@ phase8: eval generate  ## = eval and generate
 phase9: bench  ## = bench
 
 .PHONY: help setup data tokenizer expert-transformer expert-diffuser expert-state-space mla eval audit generate demo \
-  study sweep tensorboard test test-slow lint check bench clean \
+  study sweep tensorboard test test-slow kills lint check bench clean \
   phase0 phase1 phase2 phase3 phase4 phase5 phase6 phase7 phase8 phase9

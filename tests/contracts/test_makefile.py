@@ -27,6 +27,7 @@ CALLS = {
     "study": "train.py phase=study study.redraw=true study.out=experiments/results/study",
     "sweep": "train.py -m phase=mla expert=all optimizer=adamw,muon seed=1,2",
     "tensorboard": "tensorboard.main --logdir outputs",
+    "kills": "-m tests.reliability.kills --out outputs/kills",
     "bench": "-m benchmarks all",
 }
 PHASES = [f"phase{i}" for i in range(10)]
