@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nano_think.files import sole_owner
+from nano_think.files import read_json, sole_owner
 from nano_think.phases.disk import check_writable
 
 MANIFEST = "manifest.json"
@@ -46,7 +46,7 @@ def unfinished(root: Path, overrides: list[str]) -> Path | None:
     for path in root.glob(f"runs/*/*/{MANIFEST}"):
         manifest = _read(path)
         typed = [o for o in manifest.get("command", [])[1:] if _key(o) != "run.dir"]
-        if typed == overrides:
+        if manifest and typed == overrides:
             changed = path.stat().st_mtime
             newest = max(newest or (0.0, path.parent, ""), (changed, path.parent, manifest.get("status", "")))
     if newest is None or newest[2] == "done":
@@ -62,10 +62,20 @@ def what_stays(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+    """A manifest, empty where there is none or it is damaged: such a run is nobody's to go on with."""
+    with contextlib.suppress(OSError, ValueError):
+        manifest = read_json(path)
+        if isinstance(manifest, dict) and _is_sound(manifest):
+            return manifest
+    return {}
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    command, status = manifest.get("command", []), manifest.get("status", "")
+    if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
+        return False
+    counts = type(manifest.get("starts", 0)) is int and isinstance(manifest.get("fits", {}), dict)
+    return isinstance(status, str) and counts
 
 
 def _key(override: str) -> str:

@@ -157,3 +157,19 @@ def test_two_processes_do_not_share_a_run_folder(project, monkeypatch):
         project.runs = 0
         with pytest.raises(UserError, match="another process is at work"):
             project.phase("phase=data")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", "7", "[" * 100_000, '{"command": 7}', '{"command": [1]}', '{"command": [], "status": []}',
+     '{"command": ["train.py"], "starts": "2"}', '{"command": ["train.py"], "fits": []}'],
+    ids=range(10),
+)  # fmt: skip
+def test_a_damaged_manifest_belongs_to_no_run_and_hinders_none(run, typed, content, tmp_path):
+    damaged = run("1", "failed", typed.command)
+    (damaged / "manifest.json").write_text(content)
+    assert typed() == []
+    assert continued([f"run.root={tmp_path}"]) == [f"run.root={tmp_path}"]
+    assert what_stays(damaged) == {"starts": 1}
+    sound = run("2", "failed", typed.command)
+    assert typed() == [f"run.dir='{sound}'"]
