@@ -105,4 +105,5 @@ def untrained(folder: Path) -> None:
     spec |= {"d_model": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16}
     model = ExpertLM((tokenizer.vocab_size, 16), build(spec))
     save_expert(folder, "transformer", spec, model, tokenizer, seq_len=32)
-    write_json(folder / "provenance.json", {"kind": "transformer", "result": {"tokens": 0}})
+    lineage = {"kind": "transformer", "hash": "untrained", "needs": {}}
+    write_json(folder / "provenance.json", {**lineage, "result": {"tokens": 0}})

@@ -56,6 +56,9 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "texts"
 
 
+PROVENANCE = {"kind": "transformer", "hash": "0123abcd", "needs": {}, "result": {"tokens": 1000}}
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A Transformer expert that was never trained, with a tokenizer of its own."""
@@ -65,7 +68,7 @@ def checkpoint(tmp_path: Path) -> Path:
     spec |= {"d_model": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16}
     model = ExpertLM(nn.Embedding(tokenizer.vocab_size, 16), build(spec))
     save_expert(path, "transformer", spec, model, tokenizer, seq_len=32)
-    (path / "provenance.json").write_text(json.dumps({"kind": "transformer", "result": {"tokens": 1000}}))
+    (path / "provenance.json").write_text(json.dumps(PROVENANCE))
     return path
 
 

@@ -176,7 +176,7 @@ def test_latency_of_a_checkpoint_is_named_by_its_hash(tmp_path: Path, byte_token
     spec = {"_target_": "nano_think.model.NanoThink", "vocab_size": 259, "d_model": 32}
     spec["experts"] = {name: expert | sizes for name, expert in experts.items()}
     save_fused(tmp_path, spec, build(spec), byte_tokenizer, 64)
-    (tmp_path / "provenance.json").write_text('{"hash": "0123abcd"}')
+    (tmp_path / "provenance.json").write_text('{"kind": "mla_7c", "hash": "0123abcd", "needs": {}}')
     options = Options(quick=True, checkpoint=tmp_path)
     measured = measure(load_group("latency", options), 1, quick=True, say=lambda line: None)
     assert "checkpoint fused 0123abcd on " in measured.group.title

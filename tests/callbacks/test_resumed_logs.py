@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import lightning as L
 import pytest
@@ -68,6 +69,8 @@ def fit(objective, data, trainer, byte_tokenizer, tmp_path):
         newest = NewestState(work, every_n_train_steps=2)
         state = str(newest.path) if newest.path.exists() else None
         step = resumed_step(state)
+        # event files are ordered by the second that they were begun in: no two runs of a machine share one
+        time.sleep(1.01 - time.time() % 1)
         continue_logs(logs, work, step)
         callbacks = [ValidationSelection(patience=99), DomainShares(), Throughput(), StepSeed(3)]
         callbacks += [LearningRateMonitor("step"), SampleTexts(byte_tokenizer, max_new_tokens=2), newest]

@@ -355,6 +355,6 @@ def test_what_it_does_not_support_is_named(model, randomise) -> None:
         },
     }.items():  # fmt: skip
         assert reason in supports(NanoThink(experts, VOCAB, WIDTH, **option))
-    foreign = partial(TransformerExpert, mixer=partial(LatentAttention, num_heads=2), ffn_dim=40)
+    foreign = partial(TransformerExpert, mixer=partial(LatentAttention, num_heads=2, rope_dim=4), ffn_dim=40)
     assert "mixer" in supports(ExpertLM((VOCAB, WIDTH), foreign))
     assert "as an expert" in supports(ExpertLM((VOCAB, WIDTH), S6(WIDTH)))

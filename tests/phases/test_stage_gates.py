@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nano_think.artifacts import provenance
 from nano_think.artifacts.checkpoint import load_checkpoint
 from nano_think.artifacts.memory import load_memory
 from nano_think.errors import UserError
@@ -17,6 +18,7 @@ from nano_think.evals.losses import DocumentLosses
 from nano_think.evals.memory_modes import MemoryModes
 from nano_think.evals.oracles import static_losses
 from nano_think.evals.pools import SharedForward, expert_outputs
+from nano_think.files import write_json
 from nano_think.ops.layout import Layout
 from nano_think.ops.pooling import fit_static_weights
 from nano_think.phases import mla
@@ -136,6 +138,9 @@ def _without_half(stage, path):
     every = vars(DocumentLosses.load(stage / LOSSES))
     half = {k: v[::2] if isinstance(v, np.ndarray) else v for k, v in every.items()}
     DocumentLosses(**half).save(path / LOSSES)
+    made = provenance.read(stage)
+    (path / provenance.FILE).unlink()
+    write_json(path / provenance.FILE, {**made, "files": provenance.fingerprints(path)})
 
 
 def _data(built, *more):

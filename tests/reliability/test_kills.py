@@ -24,7 +24,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
     planned = [place for stage in SHORT.plan for place, count in stage.items() for _ in range(count)]
     assert [kill["place"] for kill in kills] == planned
     assert max(kill["recomputed"] for kill in kills) <= INTERVAL
-    assert sum(kill["after_checkpoint"] for kill in kills) >= 4
+    # the last step, and the rename of the artefact
+    assert sum(kill["after_checkpoint"] for kill in kills) >= 2
 
 
 def test_steps_done_again_are_counted_from_the_journal() -> None:
