@@ -40,7 +40,7 @@ LLAMA_RIVALS: dict[Precision, tuple[llama_cpp.Kind, ...]] = {
 }
 HF_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 READ = "read the {} weights"
-SLOW = 3  # rounds of the peers that take seconds a unit
+SLOW = 9  # rounds of the peers that take seconds a unit
 LONG = 4096  # context of the state-space cases, against the prompt's
 NOTES = (
     "The share of the reading speed counts the weights alone; keys and values come on top.",
