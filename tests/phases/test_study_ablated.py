@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from nano_think.evals.losses import evaluate_models
@@ -36,9 +38,9 @@ def planned(project, *more):
     return plan, ablations(plan, text)
 
 
-def record_of(plan, out):
-    """A record with the validation losses of the study's own 7c, 7d and experts."""
-    own = Ablated(plan, (), "7d")
+def record_of(plan, out, last):
+    """A record with the validation losses of the study's own experts, 7c, and 7d where that is the last stage."""
+    own = Ablated(plan, (), last)
     for maker in own.trained.values():
         plan.run.obtain(maker, named=True)
     loaded = {
@@ -47,10 +49,11 @@ def record_of(plan, out):
     }
     data = data_module(plan.run, plan.shards, 16, "expert_train")
     pool = SharedForward(loaded["fused_7a"].model)
-    memory = study_ablated.load_memory(loaded["fused_7d"].path / "memory")
     models = {name: pool.expert(name) for name in EXPERTS}
     models["fused_7c"] = SharedForward(loaded["fused_7c"].model).fused()
-    models["fused_7d"] = SharedForward(loaded["fused_7d"].model, memory.slots).fused()
+    if last == "7d":
+        memory = study_ablated.load_memory(loaded["fused_7d"].path / "memory")
+        models["fused_7d"] = SharedForward(loaded["fused_7d"].model, memory.slots).fused()
     lengths = loaded["transformer"].tokenizer.byte_lengths
     losses = evaluate_models(models, data.dataloader("validation", rows=4), lengths, 2)
     facts = {"data": {"domains": data.domains}, "models": {name: {"label": name} for name in models}}
@@ -64,8 +67,7 @@ def measured(tmp_path_factory, shared_project):
     with shared_project(tmp_path_factory.mktemp("ablated")) as project:
         plan, found = planned(project, f"study.ablations={{{UNFROZEN}, {BY_TOKEN}}}", "study.widths=[48]")
         out = project.root / "study"
-        record_of(plan, out)
-        (plan.run.artifacts / "study_losses").mkdir()
+        record_of(plan, out, "7d")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 study_ablated, "losses_maker", lambda plan, _: plan.shards
@@ -123,30 +125,31 @@ def test_the_report_is_drawn_from_it(measured):
     assert (out / "figures" / "by_token" / "planted.png").is_file()
 
 
-def test_a_record_gets_ablations_elsewhere_and_what_it_shares_is_made_again(
-    measured, shared_project, tmp_path
-):
-    record = StudyRecord.load(measured[0].root / "study")
-    del record.facts["seeds"]["1"]["ablations"]
-    with shared_project(tmp_path / "other") as project:
-        out = project.root / "study"
-        StudyRecord(record.facts, {("val", 1): record.losses["val", 1]}).save(out)
-        plan, found = planned(project, f"study.ablations={{{UNFROZEN}}}")
-        assert StudyRecord.load(out).missing()[-1].endswith("unfrozen, by_token, width_48")
-        digest = run_ablations(plan, found, out, workers=1)
-        after = StudyRecord.load(out)
-        assert "are not here, so they are made again" in plan.run.console.file.getvalue()
-        assert list(after.facts["seeds"]["1"]["ablations"]) == ["unfrozen", "again_7c"]
-        # made again on this very machine it is the very same
-        again, own = after.of("again_7c", "ablations", 1), after.of("fused_7c", "val", 1)
-        assert again.loss() == pytest.approx(own.loss(), abs=1e-5)
-        assert after.of("unfrozen", "ablations", 1).loss() == pytest.approx(
-            record.of("unfrozen", "ablations", 1).loss(), abs=1e-5
-        )
-        assert not list((plan.run.artifacts).glob("mla_7d/*"))
-        # once more changes nothing, nor does a machine that has nothing
-        assert run_ablations(plan, found, out, workers=1) == digest
-    with shared_project(tmp_path / "third") as third:
-        plan, found = planned(third, f"study.ablations={{{UNFROZEN}}}")
-        assert run_ablations(plan, found, out, workers=1) == digest
-        assert not list(plan.run.artifacts.glob("transformer/*"))
+def forget(plan, *more):
+    """Delete the experts and mixtures that were made, as on another machine."""
+    for kind in (*EXPERTS, "mla_7a", "mla_7b", "mla_7c", *more):
+        shutil.rmtree(plan.run.artifacts / kind)
+
+
+def test_a_record_gets_ablations_later_and_what_is_gone_is_made_again(project):
+    plan, found = planned(project, f"study.ablations={{{UNFROZEN}}}")
+    out = project.root / "study"
+    record_of(plan, out, "7c")
+    before = StudyRecord.load(out)
+    forget(plan)
+    digest = run_ablations(plan, found, out, workers=1)
+    after = StudyRecord.load(out)
+    assert after.digest() == digest != before.digest()
+    assert "are not here, so they are made again" in plan.run.console.file.getvalue()
+    assert list(after.facts["seeds"]["1"]["ablations"]) == ["unfrozen", "again_7c"]
+    # made again on this very machine it is the very same
+    again, own = after.of("again_7c", "ablations", 1), after.of("fused_7c", "val", 1)
+    assert again.loss() == pytest.approx(own.loss(), abs=1e-5)
+    assert own.loss() == before.of("fused_7c", "val", 1).loss()
+    assert abs(after.of("unfrozen", "ablations", 1).loss() - own.loss()) > 1e-5
+    assert not (plan.run.artifacts / "mla_7d").exists()
+    # once more changes nothing, nor does a machine that has nothing: nothing is missing in the record
+    assert run_ablations(plan, found, out, workers=1) == digest
+    forget(plan, "study_ablation")
+    assert run_ablations(plan, found, out, workers=1) == digest
+    assert not (plan.run.artifacts / "transformer").exists()

@@ -73,7 +73,12 @@ def describe(text, tmp_path_factory, shared_project):
 
 @pytest.fixture(scope="module")
 def planned(describe):
-    return describe(["next_embed", "unfreeze", "own_text"], 48)
+    return describe(["next_embed", "unfreeze"], 48)
+
+
+@pytest.fixture(scope="module")
+def others(describe):
+    return describe(["own_text", "prob", "token_router", "more_text", "memory"], 80)
 
 
 def check_fits(planned, names):
@@ -92,25 +97,25 @@ def check_fits(planned, names):
 
 def test_overrides_reach_the_fits_that_they_name_and_no_other(planned):
     own, found = planned
-    assert list(found) == ["next_embed", "unfreeze", "own_text", "width_48"]
-    check_fits(planned, ["next_embed", "unfreeze", "own_text"])
+    assert list(found) == ["next_embed", "unfreeze", "width_48"]
+    check_fits(planned, ["next_embed", "unfreeze"])
     trained = {name: ablated.trained for name, (_, ablated) in found.items()}
     assert trained["next_embed"]["diffuser"].spec["network"]["target"] == "next_embed"
     assert trained["unfreeze"]["fused_7c"].spec["unfreeze"] == "adapters"
     assert trained["unfreeze"]["fused_7b"].recipe.hash == own.trained["fused_7b"].recipe.hash
+
+
+@pytest.mark.slow
+def test_more_overrides_reach_their_fits(others, text):
+    own, found = others
+    check_fits(others, [name for name in found if name != "width_80"])
+    trained = {name: ablated.trained for name, (_, ablated) in found.items()}
     parts = [trained["own_text"][name].spec["fit"]["loader"]["train_part"] for name in EXPERTS]
     assert parts == [0, 1, 2]
     # the text that the diffuser's teacher reads is the Transformer's
     teacher = trained["own_text"]["diffuser"].needs["transformer"]
     assert teacher.recipe.hash == own.trained["transformer"].recipe.hash
-
-
-@pytest.mark.slow
-def test_more_overrides_reach_their_fits(describe):
-    names = ["prob", "token_router", "more_text", "memory"]
-    planned = describe(names)
-    check_fits(planned, names)
-    trained = {name: ablated.trained for name, (_, ablated) in planned[1].items()}
+    assert_commands_make(text[0], found, ("own_text", "diffuser"), ("own_text", "fused_7c"))
     assert trained["prob"]["fused_7a"].spec["model"]["fusion"] == {"space": "prob"}
     assert trained["token_router"]["fused_7a"].spec["model"]["router"]["pool"] == "cummean+token"
     assert trained["memory"]["fused_7d"].spec["retrieval"]["granularity"] == "token"
@@ -139,14 +144,14 @@ def test_widths_take_the_flops_of_the_study_to_half_a_step(planned):
 
 
 @pytest.mark.slow
-def test_a_wider_mixture_takes_fewer_steps(describe):
-    assert check_width(describe([], 80), 80) < 25
+def test_a_wider_mixture_takes_fewer_steps(others):
+    assert check_width(others, 80) < 25
 
 
-def test_a_command_makes_the_very_fit_of_an_ablation(planned, text):
-    project, _ = text
-    for name, key in (("own_text", "diffuser"), ("own_text", "fused_7c"), ("width_48", "state_space")):
-        maker = planned[1][name][1].trained[key]
+def assert_commands_make(project, found, *which):
+    """The commands of these fits make the very fits."""
+    for name, key in which:
+        maker = found[name][1].trained[key]
         words = [
             w for w in maker.command.split()[2:] if not w.startswith(("size=", "data.root=", "run.root="))
         ]
@@ -155,6 +160,10 @@ def test_a_command_makes_the_very_fit_of_an_ablation(planned, text):
         run = project.new(*words)
         again = mla_maker(run, "7c") if key == "fused_7c" else expert_maker(run, key)
         assert again.recipe.hash == maker.recipe.hash, name
+
+
+def test_a_command_makes_the_very_fit_of_an_ablation(planned, text):
+    assert_commands_make(text[0], planned[1], ("next_embed", "diffuser"), ("width_48", "state_space"))
 
 
 def slow(*values):
@@ -180,7 +189,7 @@ def slow(*values):
             ["prereq.expert.data.train_tokens=640000"], "bad: it reads more tokens of expert_train than these"
         ),
         slow(["data.train_tokens=null"], "bad: a study says how much text every fit reads"),
-        (["training.mla.stage_7c.max_flops=1e9"], "bad: a study plans the FLOPs of every fit itself"),
+        slow(["training.mla.stage_7c.max_flops=1e9"], "bad: a study plans the FLOPs of every fit itself"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_name_of_the_ablation(text, lines, message):
