@@ -99,8 +99,9 @@ def test_no_process_is_left_after_a_map_that_was_broken_off() -> None:
 
 
 PARENT = """
-    import sys, time
+    import signal, sys, time
     from nano_think.data.workers import Workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
     with Workers(2) as workers:
         results = workers.map(time.sleep, [0.0] * 5 + [60.0] * 10)
         for _ in range(5):

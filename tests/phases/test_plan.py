@@ -67,7 +67,7 @@ def test_the_plan_of_a_run_is_what_the_run_then_is(built, project):
     assert list(fits) == ["transformer", "diffuser", "state_space", "mla_7b", "mla_7c", "mla_7d"]
     assert not run.artifacts.exists()
     for name, fit in fits.items():
-        (digest,) = (digest for digest, kind in built.first.used.items() if kind == name)
+        digest = next(digest for digest, kind in built.first.used.items() if kind == name)
         done = Run.result_of(built.root / "artifacts" / name / digest)
         assert fit.steps == done["steps"] == 6
         assert fit.sizes.trained == done["trained_parameters"]
