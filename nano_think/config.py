@@ -209,7 +209,7 @@ def checked_overrides(arguments: list[str], config_dir: Path) -> list[str]:
     groups = _groups(config_dir / "conf") | {"experiments"}
     sweep = "-m" in flags or "--multirun" in flags
     overrides = [_literal(override, sweep) for override in overrides]
-    choices = [o for o in overrides if _key(o) in groups]
+    choices = [o for o in overrides if override_name(o) in groups]
     for choice in choices:
         _check_choice(choice, config_dir)
     cfg = _compose(choices, config_dir)
@@ -217,10 +217,10 @@ def checked_overrides(arguments: list[str], config_dir: Path) -> list[str]:
     if checked != choices:
         cfg = _compose(checked, config_dir)
     if "--cfg" not in flags and "-c" not in flags:
-        validate(cfg, {_key(override).split(".")[0] for override in checked})
+        validate(cfg, {override_name(override).split(".")[0] for override in checked})
         for settings in _handed_on(checked).values():
-            changed = {_key(setting) for setting in settings}
-            own = [override for override in checked if _key(override) not in changed]
+            changed = {override_name(setting) for setting in settings}
+            own = [override for override in checked if override_name(override) not in changed]
             validate(_compose([*own, *settings], config_dir), {key.split(".")[0] for key in changed})
     return [*flags, *checked]
 
@@ -229,7 +229,7 @@ def _handed_on(overrides: list[str]) -> dict[str, list[str]]:
     """The settings of `prereq.<name>.<setting>=`, by name."""
     handed: dict[str, list[str]] = {}
     for override in overrides:
-        if _key(override).startswith("prereq."):
+        if override_name(override).startswith("prereq."):
             _, name, setting = override.split(".", 2)
             handed.setdefault(name, []).append(f"++{setting}" if "." in setting.split("=")[0] else setting)
     return handed
@@ -243,7 +243,7 @@ def checked_additions(overrides: Iterable[str], cfg: DictConfig, config_dir: Pat
     groups = _groups(config_dir / "conf")
     checked = []
     for override in overrides:
-        if _key(override) in groups:
+        if override_name(override) in groups:
             _check_choice(override, config_dir)
             checked.append(override)
         else:
@@ -292,8 +292,9 @@ def _literal(override: str, sweep: bool) -> str:
     return f"{key}='{value}'"
 
 
-def _key(override: str) -> str:
-    return override.split("=", 1)[0].lstrip("+~")
+def override_name(override: str) -> str:
+    """The key of an override, without Hydra's marks."""
+    return override.lstrip("+~").partition("=")[0]
 
 
 def _groups(directory: Path) -> set[str]:
@@ -334,7 +335,7 @@ def _check_choice(override: str, config_dir: Path) -> None:
 def _checked(override: str, cfg: DictConfig, groups: set[str]) -> str:
     """The override with `++` where its key is a keyword that no YAML states."""
     key, equals, value = override.partition("=")
-    mark, key = key[: len(key) - len(_key(key))], _key(key)
+    mark, key = key[: len(key) - len(override_name(key))], override_name(key)
     if mark == "~" or key.startswith(("hydra.", "hydra/")):
         return override
     if not equals:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from nano_think.config import override_name
 from nano_think.files import read_json, sole_owner
 from nano_think.phases.disk import check_writable
 
@@ -25,7 +26,7 @@ def continued(arguments: list[str]) -> list[str]:
     Raises UserError where nothing can be written, for a command that runs anything.
     """
     overrides = [argument for argument in arguments if not argument.startswith("-")]
-    given = {key: _value(override) for override in overrides if (key := _key(override)) in _DECIDING}
+    given = {key: _value(override) for override in overrides if (key := override_name(override)) in _DECIDING}
     root = Path(str(given.get("run.root", "outputs")))
     if not NOTHING_RUNS.intersection(arguments):
         check_writable(root)
@@ -45,7 +46,7 @@ def unfinished(root: Path, overrides: list[str]) -> Path | None:
     newest: tuple[float, Path, str] | None = None
     for path in root.glob(f"runs/*/*/{MANIFEST}"):
         manifest = _read(path)
-        typed = [o for o in manifest.get("command", [])[1:] if _key(o) != "run.dir"]
+        typed = [o for o in manifest.get("command", [])[1:] if override_name(o) != "run.dir"]
         if manifest and typed == overrides:
             changed = path.stat().st_mtime
             newest = max(newest or (0.0, path.parent, ""), (changed, path.parent, manifest.get("status", "")))
@@ -76,10 +77,6 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         return False
     counts = type(manifest.get("starts", 0)) is int and isinstance(manifest.get("fits", {}), dict)
     return isinstance(status, str) and counts
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 def _value(override: str) -> Any:

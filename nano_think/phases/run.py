@@ -36,7 +36,7 @@ from rich.console import Console
 from nano_think import __version__
 from nano_think.artifacts import provenance
 from nano_think.artifacts.recipe import COMPLETE_MARK, Recipe
-from nano_think.config import validate
+from nano_think.config import override_name, validate
 from nano_think.errors import UserError
 from nano_think.files import (
     atomic_dir,
@@ -417,11 +417,6 @@ def processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor()
-
-
-def override_name(override: str) -> str:
-    """The key of an override, without Hydra's marks."""
-    return override.lstrip("+~").split("=")[0]
 
 
 def _group(override: str) -> str:

@@ -23,11 +23,12 @@ from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from nano_think.config import override_name
 from nano_think.errors import UserError, brief
 from nano_think.evals.report import Table, render_table
 from nano_think.files import atomic_write, hash_json, write_json
 from nano_think.phases.journal import DONE, FAILED, INTERRUPTED, OWN, Job, Journal
-from nano_think.phases.run import console, override_name, run_phase
+from nano_think.phases.run import console, run_phase
 
 # How a sweep is carried out and not what it asks: with these changed it is the same sweep.
 HOW = {"resume", "prerequisites", "run.root", "run.dir", "run.sweep_dir", "hydra.sweeper.n_trials"}

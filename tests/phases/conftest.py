@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
@@ -22,22 +20,9 @@ from nano_think.config import register_schema
 from nano_think.phases import arithmetic
 from nano_think.phases import run as run_module
 from nano_think.phases.run import Run, run_phase
+from tests.texts import write_texts
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = (
-    "the",
-    "old",
-    "river",
-    "bends",
-    "past",
-    "seven",
-    "quiet",
-    "mills",
-    "where",
-    "nobody",
-    "grinds",
-    "corn",
-)
 TINY = ("size=tiny", "size.vocab_size=300", "data=jsonl", "data.val_rows=4", "model.retrieval.chunk=16")
 TINY += ("model.store.rows=8", "++training.mla.static_tokens=1024", "callbacks.samples.max_new_tokens=2")
 STEPS = ("trainer.max_steps=6", "++prereq.expert.trainer.max_steps=6", "++prereq.mla.trainer.max_steps=6")
@@ -45,15 +30,8 @@ STEPS = ("trainer.max_steps=6", "++prereq.expert.trainer.max_steps=6", "++prereq
 
 @pytest.fixture(scope="session")
 def texts_folder(tmp_path_factory) -> Path:
-    """DIR/<domain>/part.jsonl of two domains, about 90 KB."""
-    root, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
-    for domain, words in {"prose": WORDS, "lists": [f"item {n};" for n in range(40)]}.items():
-        (root / domain).mkdir()
-        with open(root / domain / "part.jsonl", "w", encoding="utf-8") as file:
-            for number in range(150):
-                text = " ".join(rng.choice(words) for _ in range(rng.randint(20, 90)))
-                file.write(json.dumps({"text": f"{number}: {text}."}) + "\n")
-    return root
+    """The small corpus of two domains."""
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 class Project:

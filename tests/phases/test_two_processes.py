@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from nano_think.phases import ranks
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.run import Run
-from tests.phases.conftest import STEPS, TINY, Project
+from tests.phases.conftest import STEPS, Project
 
 WAIT = 600.0
 # 6 steps with a validation after every 3; plain fp32, so that no process chooses its arithmetic by a clock.
@@ -58,17 +58,21 @@ class Slow(L.Callback):
 FAILS = "++callbacks.failing._target_=tests.phases.test_two_processes.Failing"
 
 
-def train(project: Project, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """`python train.py ...`."""
+def started(project: Project, *overrides: str) -> subprocess.Popen[str]:
+    """`python train.py ...`, at work."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ranks.ENTRY.parent)}
-    command = [
-        sys.executable,
-        str(ranks.ENTRY),
-        *TINY,
-        f"data.root={project.texts}",
-        f"run.root={project.root}",
-    ]
-    return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=WAIT, env=env)
+    command = [sys.executable, str(ranks.ENTRY), *project.overrides(*overrides)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def train(project: Project, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """`python train.py ...`, at its end."""
+    with started(project, *overrides) as process:
+        try:
+            said, errors = process.communicate(timeout=WAIT)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, said, errors)
 
 
 def succeeded(done: subprocess.CompletedProcess[str]) -> str:
@@ -183,23 +187,8 @@ def test_every_phase_equals_one_process(project, strategy, optimizer):
 @pytest.mark.slow
 def test_an_interrupt_is_agreed_on_saved_and_gone_on_from(single, project):
     """Ctrl+C comes to the ranks in different steps; the state is that of one step, and nothing of it is lost."""
-    overrides = [
-        *FIT,
-        *RANKS,
-        "strategy=ddp",
-        "++callbacks.slow._target_=tests.phases.test_two_processes.Slow",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ranks.ENTRY.parent)}
-    command = [
-        sys.executable,
-        str(ranks.ENTRY),
-        *TINY,
-        f"data.root={project.texts}",
-        f"run.root={project.root}",
-    ]
-    process = subprocess.Popen(
-        [*command, *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
+    slow = "++callbacks.slow._target_=tests.phases.test_two_processes.Slow"
+    process = started(project, *FIT, *RANKS, "strategy=ddp", slow)
     try:
         until = time.monotonic() + WAIT
         while not list((project.root / "artifacts").glob(".work/*/newest.ckpt")):

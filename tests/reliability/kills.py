@@ -25,22 +25,9 @@ from typing import Any
 
 from tests.reliability.compare import differences
 from tests.reliability.moments import ROOT, Moment, run_train
+from tests.texts import write_texts
 
 INTERVAL, STEPS = 3, 24
-WORDS = [
-    "the",
-    "old",
-    "river",
-    "bends",
-    "past",
-    "seven",
-    "quiet",
-    "mills",
-    "where",
-    "nobody",
-    "grinds",
-    "corn",
-]
 TINY = ("size=tiny", "size.vocab_size=300", "data=jsonl", "data.val_rows=4", "data.processes=1")
 TINY += (
     "data.train_tokens=8192",
@@ -132,24 +119,12 @@ class Kill:
     recomputed: int = 0
 
 
-def texts(folder: Path) -> Path:
-    """Two domains of text, so little that a fit passes over it more than once."""
-    rng = random.Random(0)
-    for domain, words in {"prose": WORDS, "lists": [f"item {n};" for n in range(40)]}.items():
-        (folder / domain).mkdir(parents=True)
-        with open(folder / domain / "part.jsonl", "w", encoding="utf-8") as file:
-            for number in range(150):
-                text = " ".join(rng.choice(words) for _ in range(rng.randint(20, 90)))
-                file.write(json.dumps({"text": f"{number}: {text}."}) + "\n")
-    return folder
-
-
 class Harness:
     """Runs chains below one folder."""
 
     def __init__(self, out: Path, seed: int) -> None:
         self.out, self.rng = out, random.Random(seed)
-        self.texts, self.started = texts(out / "texts"), 0
+        self.texts, self.started = write_texts(out / "texts"), 0
         self.cpu = 0.0
         self.kills: list[Kill] = []
         self.finished: list[str] = []
