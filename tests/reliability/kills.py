@@ -3,6 +3,8 @@
     python -m tests.reliability.kills --kills 200 --out DIR      all phases, until every place has its share
     python -m tests.reliability.kills --short --out DIR          one short chain
 
+What came of a chain is written when it is over, and the same command goes on with the next one.
+
 Most processes are forked from this one, in which the libraries are imported already; every tenth is a new one.
 Nothing here has started a thread when it forks, so a child begins as a fresh process would after its imports.
 """
@@ -10,20 +12,20 @@ Nothing here has started a thread when it forks, so a child begins as a fresh pr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.reliability.compare import differences
+from tests.reliability.kill_results import Kill, Outcome, enough, outcomes, table
 from tests.reliability.moments import ROOT, Moment, run_train
 from tests.texts import write_texts
 
@@ -107,28 +109,16 @@ SHORT = Chain(
 )
 
 
-@dataclass
-class Kill:
-    """One kill: in which chain and place, whether that run had saved a state before, and what was lost."""
-
-    chain: str
-    place: str
-    path: str
-    cold: bool
-    after_checkpoint: bool
-    recomputed: int = 0
-
-
 class Harness:
-    """Runs chains below one folder."""
+    """Runs chains below one folder. What is drawn follows from the seed and the name of the chain."""
 
-    def __init__(self, out: Path, seed: int) -> None:
-        self.out, self.rng = out, random.Random(seed)
-        self.texts, self.started = write_texts(out / "texts"), 0
-        self.cpu = 0.0
-        self.kills: list[Kill] = []
-        self.finished: list[str] = []
-        self.failed: list[str] = []
+    def __init__(self, out: Path, seed: int, chain: str) -> None:
+        self.out, self.rng = out, random.Random(f"{seed} {chain}")
+        self.texts = out / "texts"
+        if not self.texts.exists():
+            _appear(self.texts, write_texts)
+        # every tenth start is a new process
+        self.started = self.rng.randrange(10)
 
     def start(self, arguments: list[str], moment: Moment, cold: bool) -> int:
         """Run train.py to its end, killed or not; its exit status, -9 where it was killed."""
@@ -141,9 +131,7 @@ class Harness:
             child = os.fork()
             if child == 0:
                 _child(arguments, moment, output.fileno())
-            _, status, usage = os.wait4(child, 0)
-            self.cpu += usage.ru_utime + usage.ru_stime
-            return os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def arguments(self, chain: Chain, root: Path, seed: int) -> list[str]:
         """The command line of a chain."""
@@ -153,12 +141,14 @@ class Harness:
         """The root of a run that nobody killed, made once."""
         root = self.out / f"{chain.name}-{seed}-undisturbed"
         if not root.exists():
-            self._begin(chain, seed, root)
-            never = Moment("", 0, False, str(self.out / "undisturbed.txt"))
-            status = self.start(self.arguments(chain, root, seed), never, cold=False)
-            if status:
-                raise RuntimeError(f"{chain.name} fails by itself: see {self.out / 'output.txt'}")
+            _appear(root, lambda folder: self._run_undisturbed(chain, seed, folder))
         return root
+
+    def _run_undisturbed(self, chain: Chain, seed: int, root: Path) -> None:
+        self._begin(chain, seed, root)
+        never = Moment("", 0, False, str(self.out / "undisturbed.txt"))
+        if self.start(self.arguments(chain, root, seed), never, cold=False):
+            raise RuntimeError(f"{chain.name} fails by itself: see {self.out / 'output.txt'}")
 
     def _begin(self, chain: Chain, seed: int, root: Path) -> None:
         """Give a root what the chain starts from."""
@@ -171,17 +161,21 @@ class Harness:
                 if (before / part).exists():
                     shutil.copytree(before / part, root / part)
 
-    def run(self, chain: Chain, seed: int) -> None:
-        """Kill and start again until the run comes to its end; raises AssertionError where that differs."""
+    def run(self, chain: Chain, seed: int, kills: list[Kill]) -> list[str]:
+        """Kill and start again until the run comes to its end; returns what differs from the undisturbed one.
+
+        kills: where those that happen are entered.
+        """
         reference, root = self.undisturbed(chain, seed), self.out / f"{chain.name}-{seed}"
-        self._begin(chain, seed, root)
         journal = self.out / f"{chain.name}-{seed}.txt"
+        shutil.rmtree(root, ignore_errors=True)
+        journal.unlink(missing_ok=True)
+        self._begin(chain, seed, root)
         planned = []
         for stage in chain.plan:
             places = [place for place, count in stage.items() for _ in range(count)]
             planned += self.rng.sample(places, len(places))
         arguments = self.arguments(chain, root, seed)
-        mine: list[Kill] = []
         for place in [*planned, ""]:
             count = self.rng.randint(1, MOST.get(place, 4))
             moment = Moment(place, count, self.rng.random() < 0.5, str(journal))
@@ -190,19 +184,24 @@ class Harness:
             if status == 0:
                 break
             if status != -signal.SIGKILL:
-                raise RuntimeError(f"{chain.name}: exit status {status}, see {self.out / 'output.txt'}")
-            mine.append(_last_kill(chain.name, journal.read_text().splitlines(), cold))
-        _count_recomputed(mine, journal.read_text().splitlines())
-        self.kills += mine
+                raise RuntimeError(f"exit status {status}, see {self.out / 'output.txt'}")
+            kills.append(_last_kill(chain.name, journal.read_text().splitlines(), cold))
+        _count_recomputed(kills, journal.read_text().splitlines())
         found = differences(reference, root)
-        found += [f"{k.recomputed} steps done again after {k.place}" for k in mine if k.recomputed > INTERVAL]
-        if found:
-            self.failed.append(f"{chain.name}, seed {seed}: {'; '.join(found)}")
-            print(self.failed[-1], flush=True)
-            return
-        self.finished.append(f"{chain.name}-{seed}")
-        shutil.rmtree(root)
-        print(f"{self.finished[-1]}: {len(mine)} kills, equal to the undisturbed run", flush=True)
+        found += [
+            f"{k.recomputed} steps done again after {k.place}" for k in kills if k.recomputed > INTERVAL
+        ]
+        if not found:
+            shutil.rmtree(root)
+        return found
+
+
+def _appear(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Fill a folder that is there whole or not at all."""
+    part = folder.with_name(f".{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    fill(part)
+    part.rename(folder)
 
 
 def _child(arguments: list[str], moment: Moment, output: int) -> None:
@@ -247,46 +246,23 @@ def _count_recomputed(kills: list[Kill], journal: list[str]) -> None:
             done[rest[0]] = int(rest[1])
 
 
-def table(kills: list[Kill]) -> str:
-    """One row a place, in Markdown."""
-    lines = [
-        "| killed in | kills | after the first checkpoint | steps done again, at most |",
-        "|---|---:|---:|---:|",
-    ]
-    places = sorted({kill.place for kill in kills})
-    for place in [*places, None]:
-        chosen = [kill for kill in kills if place in (None, kill.place)]
-        after = sum(kill.after_checkpoint for kill in chosen)
-        worst = max((kill.recomputed for kill in chosen), default=0)
-        lines.append(f"| {place or 'all'} | {len(chosen)} | {after} | {worst} |")
-    return "\n".join(lines)
-
-
-def enough(kills: list[Kill], wanted: int) -> bool:
-    """Whether there were as many kills as asked for, most after a first checkpoint, each place with its share."""
-    counts = Counter(kill.place for kill in kills)
-    places = ("checkpoint", "shards", "store", "report", "validation", "last step", "anywhere")
-    after = sum(kill.after_checkpoint for kill in kills)
-    return len(kills) >= wanted and after >= 0.75 * wanted and all(counts[place] >= 10 for place in places)
-
-
-def worker(out: Path, seed: int, chains: list[Chain]) -> dict[str, Any]:
-    """Run some chains in a process of their own; returns what came of them."""
-    out.mkdir()
+def worker(out: Path, chain: Chain, seed: int, commit: str) -> Outcome:
+    """Run a chain in a process of its own, which starts no thread and keeps nothing of other chains."""
+    path = Outcome.path(out, chain.name, seed)
+    path.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
-        harness = Harness(out, seed)
+        began, kills = time.perf_counter(), list[Kill]()
         try:
-            for chain in chains:
-                harness.run(chain, seed)
+            trouble = "; ".join(Harness(out / f"seed{seed}", seed, chain.name).run(chain, seed, kills))
         except Exception as error:
-            harness.failed.append(f"{type(error).__name__}: {error}")
-        summary = {"chains": harness.finished, "failed": harness.failed, "cpu": round(harness.cpu)}
-        summary["kills"] = [asdict(kill) for kill in harness.kills]
-        (out / "kills.json").write_text(json.dumps(summary, indent=1) + "\n")
+            trouble = f"{type(error).__name__}: {error}"
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times = {"seconds": round(time.perf_counter() - began), "cpu": round(usage.ru_utime + usage.ru_stime)}
+        Outcome(chain.name, seed, commit, kills, trouble, **times).write(out)
         os._exit(0)
     os.waitpid(child, 0)
-    return json.loads((out / "kills.json").read_text())
+    return Outcome.read(path)
 
 
 def main() -> None:
@@ -294,36 +270,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder that is made for the runs")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs; goes on in one that it began"
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--short", action="store_true", help="one chain of six kills")
     parser.add_argument("--only", nargs="*", help="names of chains, each once")
     options = parser.parse_args()
-    options.out.mkdir(parents=True)
-    _import_all()
-    began, seed, kills = time.perf_counter(), options.seed, []
+    out, commit = options.out.resolve(), _import_all()
+    out.mkdir(parents=True, exist_ok=True)
     named = {chain.name: chain for chain in CHAINS}
     chains = [SHORT] if options.short else [named[name] for name in options.only or named]
-    results: list[dict[str, Any]] = []
+    before = outcomes(out, commit)
+    seed, done = options.seed, list(before.values())
     while True:
-        results.append(worker(options.out.resolve() / f"seed{seed}", seed, chains))
-        kills += [Kill(**kill) for kill in results[-1]["kills"]]
-        seed += 1
-        failed = [line for result in results for line in result["failed"]]
+        for chain in chains:
+            if (chain.name, seed) not in before:
+                done.append(worker(out, chain, seed, commit))
+                print(done[-1].line(), flush=True)
+        kills = [kill for outcome in done for kill in outcome.kills]
+        failed = [outcome.line() for outcome in done if outcome.trouble]
         if failed or options.short or options.only or enough(kills, options.kills):
             break
-    seconds = round(time.perf_counter() - began)
-    (options.out / "kills.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(table(kills))
-    made, cold = sum(len(result["chains"]) for result in results), sum(kill.cold for kill in kills)
-    print(f"{len(kills)} kills in {made} chains, {cold} of new processes, {seconds} s")
+        seed += 1
+    print(f"{table(kills, 'place')}\n\n{table(kills, 'chain')}")
+    cold, cpu = sum(kill.cold for kill in kills), sum(outcome.cpu for outcome in done)
+    print(f"{len(kills)} kills in {len(done)} chains of {commit}, {cold} of new processes, {cpu} CPU s")
     if failed:
         sys.exit("\n".join(["not equal to the undisturbed run:", *failed]))
 
 
-def _import_all() -> None:
-    """What train.py will import, so that forked children begin with it."""
+def _import_all() -> str:
+    """Import what train.py will, so that forked children begin with it; returns the commit of the code."""
     import lightning.pytorch.loggers
     import torch
     import torch.utils.tensorboard
@@ -331,13 +310,14 @@ def _import_all() -> None:
     import nano_think.phases.evaluate
     import nano_think.phases.mla
     import nano_think.phases.pipeline
+    import nano_think.phases.run
     import nano_think.phases.trainer
     import nano_think.tasks.denoise
     import nano_think.tasks.route
 
     torch.set_num_threads(1)
     assert lightning.__version__
-    assert nano_think.__version__
+    return str(nano_think.phases.run.versions()["commit"])
 
 
 if __name__ == "__main__":

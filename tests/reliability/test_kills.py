@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.kills import INTERVAL, SHORT, Kill, _count_recomputed
+from tests.reliability.kill_results import PLACES, Kill, Outcome, enough, outcomes
+from tests.reliability.kills import INTERVAL, SHORT, _count_recomputed
 from tests.reliability.moments import ROOT, place_of
 
 
@@ -19,13 +19,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    [result] = json.loads((tmp_path / "kills" / "kills.json").read_text())
-    kills = result["kills"]
+    kills = Outcome.read(tmp_path / "kills" / "short-1.json").kills
     planned = [place for stage in SHORT.plan for place, count in stage.items() for _ in range(count)]
-    assert [kill["place"] for kill in kills] == planned
-    assert max(kill["recomputed"] for kill in kills) <= INTERVAL
+    assert [kill.place for kill in kills] == planned
+    assert max(kill.recomputed for kill in kills) <= INTERVAL
     # the last step, and the rename of the artefact
-    assert sum(kill["after_checkpoint"] for kill in kills) >= 2
+    assert sum(kill.after_checkpoint for kill in kills) >= 2
 
 
 def test_steps_done_again_are_counted_from_the_journal() -> None:
@@ -35,6 +34,27 @@ def test_steps_done_again_are_counted_from_the_journal() -> None:
     journal += ["killed\tanywhere\t", "from\ta\t4", "step\ta\t5"]
     _count_recomputed(kills, journal)
     assert [kill.recomputed for kill in kills] == [4, 0]
+
+
+def test_a_campaign_goes_on_with_chains_that_ended_well_and_keeps_to_one_commit(tmp_path) -> None:
+    kills = [Kill("data", "shards", "0.bin", True, False)]
+    Outcome("data", 1, "abc", kills, "", 2, 1).write(tmp_path)
+    Outcome("6a", 1, "abc", [], "weights", 2, 1).write(tmp_path)
+    [(key, found)] = outcomes(tmp_path, "abc").items()
+    assert key == ("data", 1)
+    assert found.kills == kills
+    with pytest.raises(SystemExit, match="holds results of abc, the code is def"):
+        outcomes(tmp_path, "def")
+
+
+def test_two_hundred_kills_are_enough_with_a_share_in_every_place() -> None:
+    kills = [Kill("c", place, "", False, True) for place in PLACES for _ in range(30)]
+    assert enough(kills, 200)
+    assert not enough(kills, 211)
+    assert not enough([kill for kill in kills if kill.place != "store"] + kills[:30], 200)
+    for kill in kills[:61]:
+        kill.after_checkpoint = False
+    assert not enough(kills, 200)
 
 
 @pytest.mark.parametrize(
