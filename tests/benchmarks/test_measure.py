@@ -106,3 +106,20 @@ def test_peaks_are_positive_and_leave_the_precision_alone() -> None:
     peaks = Peaks(quick=True).measure()
     assert all(rate > 1e6 for rate in peaks.values())
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(("stays", "tried"), [(True, {"highest", "medium"}), (False, {"highest"})])
+def test_the_fp32_peak_is_of_fp32_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, stays: bool, tried: set[str]
+) -> None:
+    """Where "medium" rounds to bf16 its products are faster, and no peak of fp32."""
+    seen: set[str] = set()
+
+    def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        if a.dtype == torch.float32:
+            seen.add(torch.get_float32_matmul_precision())
+
+    monkeypatch.setattr("benchmarks.harness.peaks.fp32_stays", lambda setting: stays)
+    monkeypatch.setattr("torch.mm", mm)
+    Peaks(quick=True).measure()
+    assert seen == tried
