@@ -7,6 +7,8 @@ keeps what of its weights the caches hold.
 The same parts in turn, one step of each a token, find the caches as they find them in the fused step: full of the
 weights of the others. There the bodies have a head of a few rows, and their calls, which the fused step saves, are
 taken off: those of as many models without layers.
+
+A greedy step needs the likeliest token alone, and finds it by a coarse copy of the head; so do its parts.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ PARTS = ("transformer", "diffuser", "state_space")
 HEAD, FRONT = "head alone", "MLA, router and head"
 IN_TURN, CALLS = "parts in turn", "calls of empty models"
 NO_HEAD = 16  # rows of a head that costs nothing
+GREEDY = " greedy"
 
 
 @dataclass(frozen=True)
@@ -103,22 +106,29 @@ def group(options: Options) -> Group:
             whole = {"peers": peers, "check": check} if name == "fused" else {}
             setup = partial(native, job, name, precision)
             cases.append(Case(f"{name} {precision}", setup=setup, tokens=job.new, **whole))
+            if name in ("fused", FRONT):
+                greedy = partial(native, job, name, precision, best=1)
+                cases.append(Case(f"{name} {precision}{GREEDY}", setup=greedy, tokens=job.new))
         for name, setup in (
             (IN_TURN, partial(in_turn, job, precision)),
             (CALLS, partial(calls, job, precision)),
         ):
             cases.append(Case(f"{name} {precision}", setup=setup, tokens=job.new))
-        derived[f"fused {precision}: step over the sum of its parts"] = partial(over_sum, precision=precision)
+        for way in ("", GREEDY):
+            name = f"fused {precision}{way}: step over the sum of its parts"
+            derived[name] = partial(over_sum, precision=precision, way=way)
         derived[f"fused {precision}: step over its parts in turn"] = partial(over_turn, precision=precision)
-    return Group(title, cases, (), ("Every step gives the logits of the whole vocabulary.",), derived)
+    return Group(
+        title, cases, (), ("Every step but greedy ones gives the logits of the whole vocabulary.",), derived
+    )
 
 
-def over_sum(measured: Measured, precision: Precision) -> float:
+def over_sum(measured: Measured, precision: Precision, way: str) -> float:
     """Median over the rounds."""
 
     def figure(seconds: Mapping[str, float]) -> float:
         bodies = sum(seconds[f"{name} {precision}"] - seconds[f"{HEAD} {precision}"] for name in PARTS)
-        return seconds[f"fused {precision}"] / (bodies + seconds[f"{FRONT} {precision}"])
+        return seconds[f"fused {precision}{way}"] / (bodies + seconds[f"{FRONT} {precision}{way}"])
 
     return measured.over_rounds(figure)
 
@@ -162,7 +172,7 @@ def calls(job: Job, precision: Precision) -> Callable[[], object]:
     return work
 
 
-def native(job: Job, name: str, precision: Precision) -> Callable[[], object]:
+def native(job: Job, name: str, precision: Precision, best: int | None = None) -> Callable[[], object]:
     """From the prompt's end, the same tokens each time, behind keys of zeros: no value changes a time."""
     step = NativeStep(job.model(name), precision, max_len=job.prompt + job.new)
     tokens = job.tokens(job.new)[0].tolist()
@@ -170,7 +180,7 @@ def native(job: Job, name: str, precision: Precision) -> Callable[[], object]:
     def work() -> None:
         step.position = job.prompt
         for token in tokens:
-            step.step(token)
+            step.step_rows([token], best=best)
 
     return work
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nano_think.engine import native_sampling, sampling
+from nano_think.engine.native_screen import LateLogprobs
 from nano_think.engine.native_step import NativeStep, Precision, supports
 from nano_think.engine.sampling import SamplingConfig, row_generators
 from nano_think.ops.native import BuildError
@@ -113,7 +114,9 @@ def generate(
     generators = row_generators(config.seed, range(batch) if row_ids is None else row_ids)
     rows = _Rows(batch, eos_id, on_token)
     banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=tokens.device)
+    best = config.tokens_of_interest
     prompt_weights = None
+    late: LateLogprobs | None = None
     with _evaluating(model):
         state = model.init_state(batch, prompt_length + room - 1)
         fast: NativeStep | None = None
@@ -121,8 +124,12 @@ def generate(
             if step == 1 and memory is None and not options:
                 fast = _native_step(model, state, prompt_length + room - 1, batch, room, native, precision)
             if fast is not None:
-                logits = fast.step_rows([rows.tokens[row][-1] for row in rows.open], rows.open)
+                newest = [rows.tokens[row][-1] for row in rows.open]
+                # the banned ones may be the likeliest
+                logits = fast.step_rows(newest, rows.open, None if best is None else best + len(banned))
                 weights = fast.routing
+                if fast.screened and late is None:
+                    late = LateLogprobs(fast, banned, rows.logprobs[rows.open[0]])
             else:
                 tokens = tokens if step == 0 else rows.last(tokens.device)
                 slots = {} if memory is None else {"memory": memory.step(tokens)}
@@ -135,8 +142,12 @@ def generate(
             choose = sampling.choose if fast is None else native_sampling.choose
             drawn, logprobs = choose(logits, config, [generators[row] for row in rows.open])
             rows.add(drawn, logprobs, weights)
+            if late is not None:
+                late.add(drawn[0])
             if not rows.open:
                 break
+    if late is not None:
+        late.settle()
     return rows.generation(prompt_weights)
 
 

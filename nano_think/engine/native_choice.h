@@ -150,6 +150,13 @@ class Choice {
   std::vector<double> sums_;
 };
 
+inline double logprob(const float* logits, int64_t size, int64_t token) {
+  Choice choice(logits, size);
+  choice.best();
+  const double all = choice.weigh();
+  return choice.less_best(token) - std::log(all);
+}
+
 // top_k: 0 for no limit; top_p: 1 for none. Returns -1 where nothing can be drawn.
 inline int64_t choose(const float* logits, int64_t size, double temperature, int64_t top_k, double top_p,
                       double uniform, double* logprob) {

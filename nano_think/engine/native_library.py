@@ -48,7 +48,9 @@ class Model(ctypes.Structure):
             "span", "token_term",
         )),
         *((name, ctypes.c_double) for name in ("tau", "floor", "decay", "router_eps")),
-        *((name, _pointer) for name in ("table", "router", "router_state", "head")),
+        *((name, _pointer) for name in (
+            "table", "router", "router_state", "head", "screen", "screen_errors",
+        )),
         ("attention", ctypes.POINTER(Part)),
         ("experts", ctypes.POINTER(Part)),
     ]  # fmt: skip
@@ -57,7 +59,12 @@ class Model(ctypes.Structure):
 class Rows(ctypes.Structure):
     """The struct of that name."""
 
-    _fields_ = [("count", _number), *((name, _pointer) for name in ("slot", "token", "position"))]
+    _fields_ = [
+        ("count", _number),
+        *((name, _pointer) for name in ("slot", "token", "position")),
+        ("best", _number),
+        ("hidden", _pointer),
+    ]
 
 
 @cache
@@ -73,13 +80,12 @@ def load_library() -> ctypes.CDLL:
         *(_pointer, _number, _number, _number, ctypes.c_double, _number, ctypes.c_double),
         *(_pointer, _pointer, _pointer, ctypes.c_int),
     ]
-    for function in (
-        library.native_step,
-        library.pack_matrix,
-        library.prefer_huge_pages,
-        library.choose_tokens,
-    ):
-        function.restype = None
+    library.native_read_out.argtypes = [model, ctypes.c_int, _pointer, _number, _pointer, ctypes.c_int]
+    library.token_logprobs.argtypes = [_pointer, _number, _number, _number, _pointer, _pointer, ctypes.c_int]
+    for name in (
+        "native_step", "native_read_out", "pack_matrix", "prefer_huge_pages", "choose_tokens", "token_logprobs",
+    ):  # fmt: skip
+        getattr(library, name).restype = None
     library.packed_bytes.restype = _number
     return library
 

@@ -1,7 +1,7 @@
 // Whole networks: stacks of blocks, the diffuser, and the model that routes among them and reads out.
 #pragma once
 
-#include "native_layers.h"
+#include "native_screen.h"
 
 namespace {
 
@@ -188,7 +188,23 @@ inline void pool(float* logits, int64_t stride, int64_t vocab_size, const float*
   }
 }
 
-// The token's rows through the whole model; logits (count x (experts where probabilities are mixed), padded).
+// Logits of the rows in `fused` (count x (experts where probabilities are mixed), padded).
+template <Kind K>
+void read_out(Worker<K>& w, float* logits) {
+  const Model& m = w.m;
+  const int64_t count = w.rows.count, stride = round_up(m.vocab_size, kLanes);
+  const int64_t outputs = m.mixes_probabilities ? m.num_experts : 1;
+  w.weights = Stream(m.head);
+  w.multiply(m.vocab_size, m.d_model, w.fused, {0, count * outputs},
+             [&](int64_t row, int64_t at, Vec v) { store(logits + row * stride + at, v); });
+  if (!m.mixes_probabilities) return;
+  w.meet();
+  const Span mine = share(count);
+  for (int64_t b = mine.first; b < mine.last; ++b)
+    pool(logits + b * outputs * stride, stride, m.vocab_size, w.shared.weights[b], outputs);
+}
+
+// The token's rows through the whole model, and its logits.
 template <Kind K>
 void run(Worker<K>& w, float* logits) {
   const Model& m = w.m;
@@ -209,15 +225,12 @@ void run(Worker<K>& w, float* logits) {
       for (int64_t i = 0; i < size; i += kLanes) store(to + i, load<Vec>(to + i) + scale * load<Vec>(w.hidden[b] + i));
     }
   }
-  const int64_t stride = round_up(m.vocab_size, kLanes), outputs = m.mixes_probabilities ? m.num_experts : 1;
-  w.weights = Stream(m.head);
-  w.multiply(m.vocab_size, m.d_model, w.fused, {0, count * outputs},
-             [&](int64_t row, int64_t at, Vec v) { store(logits + row * stride + at, v); });
-  if (!m.mixes_probabilities) return;
-  w.meet();
-  const Span mine = share(count);
-  for (int64_t b = mine.first; b < mine.last; ++b)
-    pool(logits + b * outputs * stride, stride, m.vocab_size, w.shared.weights[b], outputs);
+  if (w.rows.best) {
+    if (thread() == 0) std::copy_n(w.fused[0], size, w.rows.hidden);
+    screened(w, logits);
+  } else {
+    read_out(w, logits);
+  }
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nano_think.engine.native_library import Packer, Precision, pad_vectors
+from nano_think.engine.native_screen import Screen
 from nano_think.experts.denoiser_block import ModulatedBlock, TimeEmbedding, TwoStreamDenoiser
 from nano_think.experts.diffuser import EPS_CLAMP, DiffuserExpert
 from nano_think.experts.state_space import StateSpaceExpert
@@ -127,6 +129,11 @@ class PackedModel:
     table: Tensor
     sizes: dict[str, Any]
     router: Tensor | None
+
+    @cached_property
+    def screen(self) -> Screen:
+        """Made when it is first asked for."""
+        return Screen(self.table, self.precision)
 
 
 _PACKED: WeakKeyDictionary[nn.Module, PackedModel] = WeakKeyDictionary()

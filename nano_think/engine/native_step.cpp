@@ -5,8 +5,8 @@
 //
 //   native_vectors.h   vectors, their functions, threads      native_layers.h  attention, feed-forward, scan
 //   native_products.h  packed matrices times rows             native_model.h   stacks, diffuser, router, head
-//   native_cache.h     keys and values, attention to them
-//   native_worker.h    what Python hands over, buffers  native_choice.h  the next token from its logits
+//   native_cache.h     keys and values, attention to them     native_screen.h  the head's likeliest tokens alone
+//   native_worker.h    what Python hands over, buffers        native_choice.h  the next token from its logits
 
 #include "native_choice.h"
 #include "native_model.h"
@@ -27,6 +27,17 @@ void step(const Model& model, const Rows& rows, float* logits, float* weights, i
   }
   for (int64_t b = 0; b < rows.count && model.router; ++b)
     std::copy_n(shared.weights[b], model.num_experts, weights + b * model.num_experts);
+}
+
+template <Kind K>
+void read_rows(const Model& model, const Rows& rows, const float* hidden, float* logits, int threads) {
+  Shared shared(model, rows.count);
+#pragma omp parallel num_threads(threads)
+  {
+    Worker<K> worker(model, rows, shared);
+    std::copy_n(hidden, worker.fused.data.size(), worker.fused.data.begin());
+    read_out(worker, logits);
+  }
 }
 
 // A panel from the addresses of its rows (null for a row of zeros).
@@ -90,6 +101,21 @@ void native_step(const Model* model, int kind, const Rows* rows, float* logits, 
   call(*model, *rows, logits, weights, threads);
 }
 
+// Logits of `count` rows of what the head reads, each padded to 16; not where probabilities are mixed.
+void native_read_out(const Model* model, int kind, const float* hidden, int64_t count, float* logits, int threads) {
+  const auto call = kind == 0 ? read_rows<Kind::fp32> : kind == 1 ? read_rows<Kind::bf16> : read_rows<Kind::int8>;
+  call(*model, Rows{count}, hidden, logits, threads);
+}
+
+// Whether products of int8 are faster here than those they spare.
+int screens() {
+#if defined(__AVX512VNNI__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // Tokens and their log-probabilities of `rows` rows of logits (rows, vocab_size), `stride` apart; token -1 where none
 // can be drawn. uniform: a number in [0, 1) a row, null at temperature 0. top_k: 0 for no limit.
 void choose_tokens(const float* logits, int64_t rows, int64_t vocab_size, int64_t stride, double temperature,
@@ -98,6 +124,13 @@ void choose_tokens(const float* logits, int64_t rows, int64_t vocab_size, int64_
   for (int64_t row = 0; row < rows; ++row)
     tokens[row] = choose(logits + row * stride, vocab_size, temperature, top_k, top_p, uniform ? uniform[row] : 0.0,
                          logprobs + row);
+}
+
+// Log-probabilities of one token of each row, as `choose_tokens` takes them.
+void token_logprobs(const float* logits, int64_t rows, int64_t vocab_size, int64_t stride, const int64_t* tokens,
+                    double* logprobs, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row) logprobs[row] = logprob(logits + row * stride, vocab_size, tokens[row]);
 }
 
 // Pack a matrix of 64 x panels rows, given by the address of each, null for a row of zeros.

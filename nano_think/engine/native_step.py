@@ -27,6 +27,7 @@ from nano_think.engine.native_library import (
     padded,
 )
 from nano_think.engine.native_parts import networks_of, packed, supports, versions
+from nano_think.engine.native_screen import pays
 from nano_think.engine.native_state import layers_of, load_layer, state_bytes
 from nano_think.experts.diffuser import DiffuserExpert
 from nano_think.model import ExpertLM, NanoThink
@@ -45,7 +46,8 @@ class NativeStep:
     max_len: most positions the state holds. threads: of each step, torch's number where not given. Neither it nor
     the other rows change a bit of a row's logits.
     positions: how many positions each row has read. routing: (n, N) weights of the last step's rows, None for a
-    single expert; overwritten by the next step.
+    single expert; overwritten by the next step. screened: whether the last step left logits out; hidden: what the
+    head read then, (d_model padded,), overwritten by the next step.
 
     The weights are copied here, once for all steps of a model and precision as long as it does not change:
     `prefill` and `load` raise RuntimeError where it has changed since.
@@ -61,7 +63,7 @@ class NativeStep:
         batch: int = 1,
     ) -> None:
         self.model, self.max_len, self.batch, self.positions = model, max_len, batch, [0] * batch
-        self._threads, self._kind = threads, kind_of(precision)
+        self._threads, self._kind, self.precision = threads, kind_of(precision), precision
         self._library = load_library()
         self._packed = packed(model, precision)
         self._caches = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -78,6 +80,7 @@ class NativeStep:
         self._logits = torch.empty(batch, self._outputs, padded(sizes["vocab_size"]))
         self._weights = torch.empty(batch, experts)
         self.routing: Tensor | None = None
+        self.screened, self.hidden = False, torch.empty(padded(sizes["d_model"]))
         self._describe()
 
     @property
@@ -148,10 +151,14 @@ class NativeStep:
             raise ValueError(f"this native step has {self.batch} rows: use step_rows")
         return self.step_rows([token])[0]
 
-    def step_rows(self, tokens: Sequence[int], rows: Sequence[int] | None = None) -> Tensor:
+    def step_rows(
+        self, tokens: Sequence[int], rows: Sequence[int] | None = None, best: int | None = None
+    ) -> Tensor:
         """Read one more token of each of `rows`, all where not given; logits (n, V), overwritten by the next step.
 
-        The other rows stay as they are. Raises ValueError where a state is full, a row or a token unknown.
+        The other rows stay as they are. best: how many of the likeliest tokens are of interest; the logits of all
+        others may then be -inf, where finding that out is faster than computing them. Raises ValueError where a
+        state is full, a row or a token unknown.
         """
         rows = range(self.batch) if rows is None else rows
         vocab_size = self._packed.sizes["vocab_size"]
@@ -164,8 +171,10 @@ class NativeStep:
                 raise ValueError(f"the state holds {self.max_len} positions, one more was needed")
             if not 0 <= token < vocab_size:
                 raise ValueError(f"token {token} lies outside the vocabulary of {vocab_size} tokens")
+        self.screened = best is not None and self._screens(best, len(rows))
         numbers = torch.tensor([list(rows), list(tokens), [self.positions[row] for row in rows]])
-        described = Rows(len(rows), *(column.data_ptr() for column in numbers))
+        columns = (column.data_ptr() for column in numbers)
+        described = Rows(len(rows), *columns, best if self.screened else 0, self.hidden.data_ptr())
         threads = self._threads or torch.get_num_threads()
         addresses = self._logits.data_ptr(), self._weights.data_ptr()
         self._library.native_step(self._described, self._kind, described, *addresses, threads)
@@ -174,6 +183,25 @@ class NativeStep:
         if self._packed.router is not None:
             self.routing = self._weights[: len(rows)]
         return self._logits[: len(rows), 0, :vocab_size]
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """Logits (n, V) of rows (n, d_model padded) of `hidden`, to the bit what a step makes of each."""
+        vocab_size = self._packed.sizes["vocab_size"]
+        logits = torch.empty(len(hidden), padded(vocab_size))
+        self._library.native_read_out(
+            *(self._described, self._kind, hidden.data_ptr(), len(hidden), logits.data_ptr()),
+            self._threads or torch.get_num_threads(),
+        )
+        return logits[:, :vocab_size]
+
+    def _screens(self, best: int, rows: int) -> bool:
+        sizes = self._packed.sizes
+        if sizes.get("mixes_probabilities") or not pays(best, rows, self.precision, sizes["vocab_size"]):
+            return False
+        screen = self._packed.screen
+        self._described.screen = screen.weights.data_ptr()
+        self._described.screen_errors = screen.errors.data_ptr()
+        return True
 
     def _describe(self) -> None:
         """The structs that every call passes, and what they point to."""

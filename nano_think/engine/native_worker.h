@@ -32,6 +32,8 @@ struct Model {
   const float* router;  // weights (num_experts, d_model), the same of the token term, biases, gains; null for none
   float* router_state;  // (rows, num_experts + 1): sums and a count
   const char* head;
+  const char* screen;          // the head in int8, see native_screen.h; null for none
+  const float* screen_errors;  // (vocab_size)
   const Part *attention, *experts;
 };
 
@@ -39,6 +41,8 @@ struct Model {
 struct Rows {
   int64_t count;
   const int64_t *slot, *token, *position;
+  int64_t best;   // 0, or how many of the likeliest tokens' logits are wanted of the one row there is
+  float* hidden;  // where that row of what the head reads goes, d_model padded
 };
 }
 
@@ -72,6 +76,7 @@ struct Shared {
 
   Matrix x{0, 0}, wide{0, 0}, mixed{0, 0}, z{0, 0}, small{0, 0}, absorbed{0, 0}, given{0, 0}, context{0, 0};
   Matrix weights{0, 0};
+  float least = 0;  // of the logits that are wanted
   Meeting meeting;
 };
 

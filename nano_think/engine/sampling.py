@@ -37,6 +37,11 @@ class SamplingConfig:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], it is {self.top_p}: 1 sets no limit")
 
+    @property
+    def tokens_of_interest(self) -> int | None:
+        """How many of the likeliest tokens a draw can take; None for all."""
+        return 1 if self.temperature == 0 else self.top_k
+
 
 def warp(logits: Tensor, config: SamplingConfig) -> Tensor:
     """Logits (..., V) of the distribution that is sampled, -inf where a token is out of reach.
