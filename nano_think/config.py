@@ -349,9 +349,10 @@ def _checked(override: str, cfg: DictConfig, groups: set[str]) -> str:
             if part not in _stated(node):
                 return f"++{key}={value}"
         else:
-            known = [".".join([*path[:depth], child]) for child in _children(node)]
-            known += sorted(groups) if depth == 0 else []
-            hint = _nearest(key, known) or f" (valid here: {', '.join(sorted(known)[:12])})" * bool(known)
+            known = {".".join([*path[:depth], child]) for child in _children(node)}
+            known |= groups if depth == 0 else set()
+            listed = sorted(known)
+            hint = _nearest(key, listed) or f" (valid here: {', '.join(listed[:12])})" * bool(listed)
             raise UserError(f"there is no setting '{short(key)}'{hint}")
         try:
             node = node[part]

@@ -46,6 +46,7 @@ def composed(*arguments: str) -> DictConfig:
         (["seed=-1"], ["seed=-1 must be a whole number from 0"]),
         (["model.router.tau=["], ["model.router.tau=["]),
         (["phases"], ["'phases' is not a setting"]),
+        (["qqq=2"], ["no setting 'qqq' (valid here: audit, callbacks, ckpt, compile, data, eval"]),
         (["~experts.foo"], ["experts.foo"]),
         (["-m", "seed=1,2", "optimizer=adamw,moon"], ["did you mean 'muon'?"]),
         (["-m", "stage=7e,7c"], ["7a, 7b, 7c, 7d, all"]),

@@ -7,6 +7,7 @@ Attention reads the whole room in each step; state-space layers keep what they h
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nano_think.cache import AppendState, Cache, RingState
+from nano_think.files import atomic_write
 from nano_think.ops.layout import Layout
 
 # A cache by the names of its parts, or whether a state is a ring and the names of its tensors.
@@ -155,7 +157,9 @@ def export_step(path: str | Path, model: Any, batch: int = 1, max_len: int = 512
     tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     _, state = step.prefill(tokens)
     arguments = (tokens, torch.ones(1, dtype=torch.int64, device=device), state)
-    torch.export.save(torch.export.export(step, arguments), path)
+    program = io.BytesIO()
+    torch.export.save(torch.export.export(step, arguments), program)
+    atomic_write(path, program.getvalue())
 
 
 def exported_decoder(path: str | Path, model: Any, batch: int = 1, max_len: int = 512) -> Decoder:

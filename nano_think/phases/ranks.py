@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nano_think.errors import UserError
 from nano_think.files import write_json
+from nano_think.phases.resume import read_manifest
 
 T = TypeVar("T")
 
@@ -160,7 +161,7 @@ def run_in(world: int, overrides: list[str], directory: Path, sweeping: bool) ->
     try:
         launch(overrides, directory, world, sweeping, threads=max(1, (os.cpu_count() or 1) // world))
     except BaseException as error:
-        known = _read(manifest)
+        known = read_manifest(manifest)
         if known.get("status", "running") == "running":
             known |= {"status": "failed", "error": f"ended with status {error}"}
             write_json(manifest, known)
@@ -169,11 +170,7 @@ def run_in(world: int, overrides: list[str], directory: Path, sweeping: bool) ->
                 raise KeyboardInterrupt from error
             raise UserError(known.get("error") or f"rank 0 ended with status {error}") from error
         raise
-    return _read(manifest)["result"].get("objective")
-
-
-def _read(manifest: Path) -> dict[str, Any]:
-    return json.loads(manifest.read_text()) if manifest.is_file() else {}
+    return read_manifest(manifest)["result"].get("objective")
 
 
 def launch(overrides: list[str], directory: Path, world: int, sweeping: bool, threads: int) -> None:

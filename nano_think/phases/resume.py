@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def unfinished(root: Path, overrides: list[str]) -> Path | None:
     """The folder of the newest run of `overrides` below `root`, None if it ended or is at work."""
     newest: tuple[float, Path, str] | None = None
     for path in root.glob(f"runs/*/*/{MANIFEST}"):
-        manifest = _read(path)
+        manifest = read_manifest(path)
         typed = [o for o in manifest.get("command", [])[1:] if override_name(o) != "run.dir"]
         if manifest and typed == overrides:
             changed = path.stat().st_mtime
@@ -58,25 +59,29 @@ def unfinished(root: Path, overrides: list[str]) -> Path | None:
 
 def what_stays(folder: Path) -> dict[str, Any]:
     """What the manifest of a run keeps when it goes on: what its fits took, and how often it was started."""
-    before = _read(folder / MANIFEST)
+    before = read_manifest(folder / MANIFEST)
     return {"starts": before.get("starts", 0) + 1, **({"fits": before["fits"]} if "fits" in before else {})}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A manifest, empty where there is none or it is damaged: such a run is nobody's to go on with."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run, empty where there is none or it is damaged: such a run is nobody's to go on with."""
     with contextlib.suppress(OSError, ValueError):
         manifest = read_json(path)
         if isinstance(manifest, dict) and _is_sound(manifest):
+            json.dumps(
+                manifest, ensure_ascii=False
+            ).encode()  # half a surrogate pair could not be written again
             return manifest
     return {}
 
 
 def _is_sound(manifest: dict[str, Any]) -> bool:
-    command, status = manifest.get("command", []), manifest.get("status", "")
+    command, fits = manifest.get("command", []), manifest.get("fits", {})
     if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
         return False
-    counts = type(manifest.get("starts", 0)) is int and isinstance(manifest.get("fits", {}), dict)
-    return isinstance(status, str) and counts
+    if not isinstance(fits, dict) or not all(isinstance(known, dict) for known in fits.values()):
+        return False
+    return isinstance(manifest.get("status", ""), str) and type(manifest.get("starts", 0)) is int
 
 
 def _value(override: str) -> Any:

@@ -162,8 +162,10 @@ def test_two_processes_do_not_share_a_run_folder(project, monkeypatch):
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{", "7", "[" * 100_000, '{"command": 7}', '{"command": [1]}', '{"command": [], "status": []}',
-     '{"command": ["train.py"], "starts": "2"}', '{"command": ["train.py"], "fits": []}'],
-    ids=range(10),
+     '{"command": ["train.py"], "starts": "2"}', '{"command": ["train.py"], "fits": []}',
+     '{"command": ["train.py"], "fits": {"transformer": 7}}',
+     r'{"command": ["train.py"], "fits": {"transformer": {"choices": "\ud800"}}}'],
+    ids=range(12),
 )  # fmt: skip
 def test_a_damaged_manifest_belongs_to_no_run_and_hinders_none(run, typed, content, tmp_path):
     damaged = run("1", "failed", typed.command)

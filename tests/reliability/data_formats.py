@@ -1,4 +1,4 @@
-"""The files of a memory, of token shards, of a corpus and of a sweep."""
+"""The files of a memory, of token shards, of a corpus, of a sweep and of a run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from rich.console import Console
 from safetensors.torch import load as parse_tensors
 
 from nano_think.artifacts.memory import load_memory
 from nano_think.data.corpus import Corpus
 from nano_think.data.packing import RowReader
 from nano_think.data.shards import Shards
-from nano_think.files import hash_file
+from nano_think.errors import UserError
+from nano_think.files import hash_file, write_json
 from nano_think.phases.journal import DONE, FAILED, Journal
+from nano_think.phases.resume import unfinished, what_stays
+from nano_think.phases.run import Run
 from nano_think.phases.sweep import settings_in, summary_table
 from tests.reliability.formats import (
     Change,
@@ -219,3 +223,41 @@ def sweep(root: Path) -> Format:
             settings_in(where / names[1])
 
     return Format("sweep", draw, judge, [(name, folder.files[name]) for name in names])
+
+
+def manifest(root: Path) -> Format:
+    """The manifest of a run, by which the same command finds its folder again and goes on."""
+    where = root / "outputs" / "runs" / "expert" / "1"
+    command = ["phase=expert", "expert=transformer", f"run.root={root / 'outputs'}"]
+    known = {
+        "command": ["train.py", *command],
+        "seed": 1,
+        "status": "failed",
+        "starts": 2,
+        "error": "no more",
+    }
+    known["fits"] = {"transformer": {"choices": {"precision": "32-true"}, "seconds": 1.5}}
+    known["artifacts"] = {"0123456789ab": "corpus"}
+    name = "manifest.json"
+    write_json(where / name, known)
+    folder = Folder(where)
+    cfg = OmegaConf.create({"run": {"root": str(root / "outputs")}})
+
+    def draw(rng: random.Random) -> Case:
+        case = change_json_file(folder.files[name], rng)
+        return Case((name, case.data), case.mutated)
+
+    def judge(change: Change, reached: Reached) -> None:
+        if is_json(change[1]):
+            reached()
+        with folder.changed(change):
+            found = unfinished(root / "outputs", command)
+            assert found in (None, where)
+            run = Run(cfg, command, where, Console(file=io.StringIO()))
+            run.manifest = what_stays(where)
+            run.record_fit("transformer", seconds=2.5)
+            assert json.loads((where / name).read_text())["fits"]["transformer"]["seconds"] == 2.5
+            if found is None:
+                raise UserError("it belongs to no run that could go on")
+
+    return Format("manifest of a run", draw, judge, [(name, folder.files[name])])

@@ -22,7 +22,18 @@ TEXTS = {
     }
     for split in ("expert_train", "fusion_train", "validation", "test")
 }
-NAMES = ("weights", "spec", "provenance", "tokenizer", "state", "store", "shards", "corpus", "sweep")
+NAMES = (
+    "weights",
+    "spec",
+    "provenance",
+    "tokenizer",
+    "state",
+    "store",
+    "shards",
+    "corpus",
+    "sweep",
+    "manifest",
+)
 # What reaches the judgement of its meaning, at least.
 REACHED = {"state": 0.4}
 
