@@ -279,7 +279,7 @@ def _diffuser_sizes(network: DiffuserExpert) -> dict[str, Any]:
 
 
 def _pack_stack(packer: Packer, network: Any) -> None:
-    packer.matrix(network.entry.adaptor.weight)
+    packer.matrix(network.entry.matrix)
     for block in network.blocks:
         packer.vectors(block.mixer_norm.weight)
         (_pack_s6 if type(block.mixer) is S6 else _pack_attention)(packer, block.mixer)
@@ -350,7 +350,7 @@ def _pack_diffuser(packer: Packer, network: DiffuserExpert) -> None:
             packer.vectors(block.ffn_norm.weight * (1 + ffn_scale), ffn_shift, ffn_gate)
     for tau, after in zip(levels, [*levels[1:], 0], strict=True):
         packer.vectors(*_level(network, tau, after))
-    packer.matrix(network.entry.adaptor.weight)
+    packer.matrix(network.entry.matrix)
     packer.matrix(denoiser.context_in.weight)
     packer.matrix(denoiser.latent_in.weight)
     for block in denoiser.blocks:

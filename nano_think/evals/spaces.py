@@ -43,12 +43,19 @@ def shared_spaces(
 
     Returns:
         tokens, documents, spaces, adaptor_distance (|W - I| / |I| of each entry adaptor), and under
-        with_adaptors and without_adaptors what `compare_spaces` says, with the loss of every expert alone.
+        with_adaptors and without_adaptors what `compare_spaces` says, with the loss of every expert alone. Of a
+        model that was built without them only the latter.
     """
-    bootstrap = {"n_resamples": n_resamples, "seed": seed}
-    states = collect_states(model, batches, classes)
     with entry_adaptors_bypassed(model):
-        bypassed = collect_states(model, batches, classes)
+        states = collect_states(model, batches, classes)
+    distances = adaptor_distances(model)
+    settings = {"without_adaptors": states}
+    if distances:
+        settings = {"with_adaptors": collect_states(model, batches, classes), **settings}
+    compared = {
+        name: compare_spaces(found, penalty, n_resamples=n_resamples, seed=seed)
+        for name, found in settings.items()
+    }
     return {
         "tokens": len(states.document),
         "documents": int(states.document.max()) + 1,
@@ -56,9 +63,8 @@ def shared_spaces(
         "classes": [CLASSES[i] for i in np.unique(states.token_class)],
         "domains": [domains[i] for i in np.unique(states.domain)],
         "cka_variant": CKA_VARIANT,
-        "adaptor_distance": adaptor_distances(model),
-        "with_adaptors": compare_spaces(states, penalty, **bootstrap),
-        "without_adaptors": compare_spaces(bypassed, penalty, **bootstrap),
+        "adaptor_distance": distances,
+        **compared,
     }
 
 
@@ -123,12 +129,12 @@ def entry_adaptors_bypassed(model: NanoThink) -> Iterator[None]:
 
 
 def adaptor_distances(model: NanoThink) -> dict[str, float]:
-    """|W - I| / |I| (Frobenius) of every expert's entry adaptor: 0 where it is still the identity."""
+    """|W - I| / |I| (Frobenius) of every entry adaptor there is: 0 where it is still the identity."""
     distances = {}
     for name, expert in model.experts.items():
         for module in expert.modules():
-            if isinstance(module, ExpertInput):
-                weight = module.adaptor.weight.detach().double()
+            if isinstance(module, ExpertInput) and not isinstance(module.adaptor, nn.Identity):
+                weight = module.matrix.detach().double()
                 eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
                 distances[name] = float((weight - eye).norm() / eye.norm())
     return distances

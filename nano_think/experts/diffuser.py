@@ -68,6 +68,7 @@ class DiffuserExpert(nn.Module):
     self_cond: feed the previous estimate back; only then is its input map (d_model^2 weights) there.
     bidirectional: both streams attend to all of a document, later tokens included, as the plan's denoiser does:
         for analysis in eval mode, refused in training and in `extend`. A `draft` stays causal.
+    adaptor: see `ExpertInput`.
     """
 
     target_mean: Tensor
@@ -96,6 +97,7 @@ class DiffuserExpert(nn.Module):
         dropout: float = 0.1,
         input_scale: float = 1.0,
         bidirectional: bool = False,
+        adaptor: bool = True,
     ) -> None:
         super().__init__()
         for name, value, kind in (
@@ -113,7 +115,7 @@ class DiffuserExpert(nn.Module):
         self.schedule = NoiseSchedule(
             schedule, train_T, terminal=EPS_TERMINAL if param == "eps" else 0.0, input_scale=input_scale
         )
-        self.entry = ExpertInput(d_model)
+        self.entry = ExpertInput(d_model, adaptor)
         self.denoiser = TwoStreamDenoiser(
             d_model, num_layers, num_heads, ffn_dim, train_T, self_cond=self_cond, dropout=dropout
         )

@@ -20,7 +20,7 @@ class StateSpaceExpert(nn.Module):
 
     The output is post-final-norm: its product with the embedding table is the expert's logits.
     mixer: block factory that receives d_model, S6 with d_inner channels, d_state states a channel and d_conv
-    convolution taps where none is given.
+    convolution taps where none is given. adaptor: see `ExpertInput`.
     """
 
     def __init__(
@@ -32,11 +32,12 @@ class StateSpaceExpert(nn.Module):
         d_conv: int = 4,
         dropout: float = 0.1,
         mixer: partial | None = None,
+        adaptor: bool = True,
     ) -> None:
         super().__init__()
         self.d_model = d_model
         mixer = mixer or partial(S6, d_inner=d_inner, d_state=d_state, d_conv=d_conv)
-        self.entry = ExpertInput(d_model)
+        self.entry = ExpertInput(d_model, adaptor)
         self.blocks = nn.ModuleList(Block(d_model, mixer, dropout=dropout) for _ in range(num_layers))
         self.norm = RMSNorm(d_model)
         init_blocks(self.blocks, num_layers)

@@ -19,7 +19,7 @@ class TransformerExpert(nn.Module):
 
     The output is post-final-norm: its product with the embedding table is the expert's logits.
     mixer, ffn: block factories that receive d_model, rotary attention with num_heads heads and SwiGLU with
-    ffn_dim inner units where none is given.
+    ffn_dim inner units where none is given. adaptor: see `ExpertInput`.
     """
 
     def __init__(
@@ -31,12 +31,13 @@ class TransformerExpert(nn.Module):
         dropout: float = 0.1,
         mixer: partial | None = None,
         ffn: partial | None = None,
+        adaptor: bool = True,
     ) -> None:
         super().__init__()
         self.d_model = d_model
         mixer = mixer or partial(CausalSelfAttention, num_heads=num_heads)
         ffn = ffn or partial(SwiGLU, ffn_dim=ffn_dim)
-        self.entry = ExpertInput(d_model)
+        self.entry = ExpertInput(d_model, adaptor)
         self.blocks = nn.ModuleList(Block(d_model, mixer, ffn, dropout) for _ in range(num_layers))
         self.norm = RMSNorm(d_model)
         init_blocks(self.blocks, num_layers)

@@ -61,13 +61,24 @@ class ExpertInput(nn.Module):
 
     The norm makes an expert blind to the scale of what it is fed; the adaptor lets it turn the shared basis
     into its own without a private embedding table.
+
+    adaptor: False leaves it out, so that the body reads the shared basis as it is.
     """
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, adaptor: bool = True) -> None:
         super().__init__()
+        self.d_model = d_model
         self.norm = RMSNorm(d_model, gain=False)
-        self.adaptor = nn.Linear(d_model, d_model, bias=False)
-        nn.init.eye_(self.adaptor.weight)
+        self.adaptor: nn.Module = nn.Linear(d_model, d_model, bias=False) if adaptor else nn.Identity()
+        if isinstance(self.adaptor, nn.Linear):
+            nn.init.eye_(self.adaptor.weight)
+
+    @property
+    def matrix(self) -> Tensor:
+        """(d_model, d_model), what the adaptor multiplies with; the identity where it was left out."""
+        if isinstance(self.adaptor, nn.Linear):
+            return self.adaptor.weight
+        return torch.eye(self.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_model) to the same shape."""

@@ -175,7 +175,8 @@ def set_trainable(model: NanoThink, stage: str, unfreeze: str = "none") -> list[
     Where memory is read apart (mla.slot_reader=own), 7d trains what reads it and nothing else: without memory the
     model stays that of 7c. Where probabilities are mixed, 7b leaves the experts' gains as they are: what an expert
     says of a label is then fixed, and the router learns from one number an expert and token.
-    Raises ValueError for a stage without training (7a is a convex fit) and for an unknown `unfreeze`.
+    Raises ValueError for a stage without training (7a is a convex fit), for an unknown `unfreeze` and for adapters
+    that no expert has.
     """
     if stage not in TRAINABLE:
         raise ValueError(f"stage {stage} trains nothing; choose from {', '.join(TRAINABLE)}")
@@ -193,4 +194,6 @@ def set_trainable(model: NanoThink, stage: str, unfreeze: str = "none") -> list[
         parameter.requires_grad_(trained)
         if trained:
             names.append(name)
+    if parts and not any(name.startswith("experts.") for name in names):
+        raise ValueError(f"unfreeze={unfreeze} trains nothing here: no expert has an entry adaptor")
     return names

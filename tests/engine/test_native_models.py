@@ -62,6 +62,7 @@ DIFFUSERS = {
     "idle self-conditioning": {"self_cond": True},
     "one layer": {"num_layers": 1, "fused_steps": 2},
     "long table": {"max_positions": 1, "ffn_dim": 70},
+    "no adaptor": {"adaptor": False},
 }
 FUSED: dict[str, dict[str, Any]] = {
     "hidden": {},
@@ -79,7 +80,12 @@ FUSED: dict[str, dict[str, Any]] = {
 }
 TRANSFORMER = partial(TransformerExpert, num_heads=2, ffn_dim=40, num_layers=2)
 STATE_SPACE = partial(StateSpaceExpert, d_inner=44, d_state=5, num_layers=2)
-KINDS = ["transformer", "state space", *DIFFUSERS, *FUSED]
+STACKS = {
+    "transformer": TRANSFORMER,
+    "state space": STATE_SPACE,
+    "transformer, no adaptor": partial(TRANSFORMER, adaptor=False),
+}
+KINDS = [*STACKS, *DIFFUSERS, *FUSED]
 
 
 @pytest.fixture
@@ -91,7 +97,7 @@ def model(randomise) -> Callable[..., Any]:
             experts = {"transformer": TRANSFORMER, "diffuser": diffuser(), "state_space": STATE_SPACE}
             network = NanoThink(experts, VOCAB, WIDTH, **{"mla": mla(), **FUSED[name]})
         else:
-            network = ExpertLM((VOCAB, WIDTH), TRANSFORMER if name == "transformer" else STATE_SPACE)
+            network = ExpertLM((VOCAB, WIDTH), STACKS[name])
         return prepare(randomise(network))
 
     return make

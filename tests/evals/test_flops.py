@@ -25,6 +25,7 @@ from nano_think.evals.flops import (
     training_flops,
 )
 from nano_think.experts.diffuser import DiffuserExpert
+from nano_think.experts.state_space import StateSpaceExpert
 from nano_think.experts.transformer import TransformerExpert
 from nano_think.mla import ExpertRouter, MultiHeadLatentAttention
 from nano_think.model import ExpertLM, NanoThink
@@ -209,6 +210,27 @@ def test_expert_forward_and_step_as_torch_counts_them(name, frozen_table):
         network.token_nll(some_tokens(), some_tokens(1)).sum().backward()
     expected = training_flops(network, L, recompute=False, **options)
     assert found.flops == pytest.approx(expected - unseen(network))
+
+
+@pytest.mark.parametrize("kind", [TransformerExpert, StateSpaceExpert, DiffuserExpert])
+def test_an_entry_adaptor_is_counted_where_there_is_one(kind):
+    """A square matrix: a product forward, two backward. Torch counts the same difference."""
+    counts, stated = [], []
+    for adaptor in (True, False):
+        heads = {} if kind is StateSpaceExpert else {"num_heads": 2}
+        expert = kind(D, 2, dropout=0.0, adaptor=adaptor, **heads)
+        network = ExpertLM((V, D), expert)
+        if kind is DiffuserExpert:
+            expert.stats_ready.fill_(True)
+        with counted() as found:
+            network.token_nll(some_tokens(), some_tokens(1)).sum().backward()
+        options = {"causal": False, "tokens": ROWS * L}
+        counts.append((sum(p.numel() for p in network.parameters()), found.flops))
+        stated.append(training_flops(network, L, recompute=False, **options))
+        assert forward_flops(network, L, **options)["expert"] > 0
+    assert counts[0][0] - counts[1][0] == D * D
+    assert counts[0][1] - counts[1][1] == pytest.approx(3 * 2 * D * D)
+    assert stated[0] - stated[1] == pytest.approx(3 * 2 * D * D)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 10])

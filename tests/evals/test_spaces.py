@@ -142,13 +142,17 @@ class TestProbes:
             compare_spaces(lone, 1e-3, n_resamples=5, seed=0)
 
 
+def mixture(adaptor: bool) -> NanoThink:
+    experts = {
+        "transformer": partial(TransformerExpert, num_layers=1, num_heads=2, ffn_dim=20, adaptor=adaptor),
+        "state_space": partial(StateSpaceExpert, num_layers=1, d_inner=16, d_state=4, adaptor=adaptor),
+    }
+    return NanoThink(experts, VOCAB, D).eval()
+
+
 @pytest.fixture
 def model(randomise) -> NanoThink:
-    experts = {
-        "transformer": partial(TransformerExpert, num_layers=1, num_heads=2, ffn_dim=20),
-        "state_space": partial(StateSpaceExpert, num_layers=1, d_inner=16, d_state=4),
-    }
-    return randomise(NanoThink(experts, VOCAB, D)).eval()
+    return randomise(mixture(adaptor=True))
 
 
 def make_batches():
@@ -209,3 +213,12 @@ class TestModel:
         off, on = found["without_adaptors"], found["with_adaptors"]
         assert off["cka"]["input"]["input"] == on["cka"]["input"]["input"] == pytest.approx(1)
         assert off["loss"] != on["loss"]
+
+    def test_a_model_built_without_adaptors_is_the_same_with_its_adaptors_bypassed(self, model):
+        bare, arguments = mixture(adaptor=False), (make_batches(), np.arange(VOCAB) % 5, ["one", "two"])
+        kept = {name: value for name, value in model.state_dict().items() if "adaptor" not in name}
+        bare.load_state_dict(kept)
+        expected, found = (shared_spaces(one, *arguments, n_resamples=20) for one in (model, bare))
+        assert found["adaptor_distance"] == {}
+        assert "with_adaptors" not in found
+        assert found["without_adaptors"] == expected["without_adaptors"]

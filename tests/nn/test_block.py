@@ -61,6 +61,14 @@ def test_entry_starts_as_the_gain_free_norm_and_ignores_scale(randomise) -> None
     torch.testing.assert_close(entry(50 * x), entry(x), atol=1e-4, rtol=0)
 
 
+def test_an_entry_without_adaptor_is_the_gain_free_norm_whatever_is_trained() -> None:
+    entry, x = ExpertInput(8, adaptor=False), inputs()
+    assert not list(entry.parameters())
+    torch.testing.assert_close(entry(x), x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
+    assert torch.equal(entry.matrix, torch.eye(8))
+    assert ExpertInput(8).matrix.requires_grad
+
+
 def test_init_scales_what_writes_into_the_residual_stream_and_keeps_biases() -> None:
     num_layers = 8
     blocks = nn.ModuleList(Block(128, ATTENTION, FFN) for _ in range(num_layers))

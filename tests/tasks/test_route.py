@@ -11,6 +11,7 @@ import torch
 from nano_think.artifacts.memory import build_memory
 from nano_think.metrics.information import entropy
 from nano_think.mla import ExpertRouter
+from nano_think.nn.block import ExpertInput
 from nano_think.ops.layout import Layout
 from nano_think.retrieval import Retriever
 from nano_think.tasks.route import RouteTask, set_trainable
@@ -94,6 +95,11 @@ def test_what_7c_may_unfreeze(fused):
     assert not set(set_trainable(network, "7b", "all")) & experts
     with pytest.raises(ValueError, match="choose from none, adapters, all"):
         set_trainable(network, "7c", "some")
+    for expert in network.experts.values():
+        expert.entry = ExpertInput(expert.d_model, adaptor=False)
+    with pytest.raises(ValueError, match="no expert has an entry adaptor"):
+        set_trainable(network, "7c", "adapters")
+    assert set(set_trainable(network, "7c", "all")) == frozen | experts - adapters
 
 
 def test_the_router_learns_which_expert_knows_the_batch(fused, objective, common, data, losses):
