@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Literal, Protocol
 
 import torch
@@ -106,12 +105,17 @@ class OwnSlotReader(nn.Module):
         return weights[..., :-1].sum(dim=-1), weights[..., -1]
 
     def products(self, reach: Reach) -> Iterator[Product]:
-        """See `nano_think.nn.flops`; nothing where no token sees a slot."""
-        reading, seen = float(reach.groups > 0), replace(reach, causal=True).slot_keys
-        yield from products_of(self.norm, reach)
+        """See `nano_think.nn.flops`; nothing where no token sees a slot. The null slot is no vector here."""
+        reading = float(reach.groups > 0)
+        seen = reading * reach.slots
+        if reach.causal:
+            seen *= reach.readers * (1 - reach.chunk / reach.length)
+        # first, as what comes of the slots has a gradient where the input of the queries has none
         yield from products_of(self.q_proj, reach, times=reading)
+        yield from products_of(self.norm, reach)
+        vectors = reach.readers * reach.groups * reach.slots / reach.length
         for part in (self.k_proj, self.v_proj):
-            yield from products_of(part, reach, times=reach.slot_vectors)
+            yield from products_of(part, reach, times=vectors, factor="parameters")
         for _ in ("scores", "mixed values"):
             yield Product(2.0 * self.q_proj.out_features * seen)
         yield from products_of(self.out_proj, reach, times=reading)

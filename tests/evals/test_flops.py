@@ -80,7 +80,8 @@ def slots_of(chunk: int, k: int) -> SimpleNamespace:
     groups = -(-L // chunk) - 1
     index = (torch.arange(L) // chunk - 1).expand(ROWS, L)
     values = torch.randn(ROWS, groups, k, D, generator=torch.Generator().manual_seed(1))
-    return SimpleNamespace(values=values, valid=torch.ones(ROWS, groups, k, dtype=torch.bool), index=index)
+    valid = torch.ones(ROWS, groups, k, dtype=torch.bool)
+    return SimpleNamespace(values=values, valid=valid, index=index, scores=None)
 
 
 MIXERS = {
@@ -308,6 +309,46 @@ def test_every_stage_as_torch_counts_it(stage, fusion):
     not_seen += forward_flops(network, L, **options)["search"]
     assert found.flops == pytest.approx(expected - not_seen)
     assert expected == training_flops(network.requires_grad_(True), L, names, recompute=False, **options)
+
+
+@pytest.mark.parametrize("unfreeze", ["adapters", "all"])
+def test_experts_that_7c_trains_too_as_torch_counts_them(unfreeze):
+    network = fused()
+    network.freeze_experts()
+    set_trainable(network, "7c", unfreeze)
+    options = {"causal": False, "tokens": ROWS * L, "recompute": False}
+    with counted() as found:
+        network.token_nll(some_tokens(), some_tokens(1)).sum().backward()
+    expected = training_flops(network, L, **options)
+    assert found.flops == pytest.approx(expected - unseen(network) - 3 * 2 * 3 * D)
+    set_trainable(network, "7c")
+    assert expected > training_flops(network, L, **options)
+
+
+@pytest.mark.parametrize(("chunk", "k"), [(4, 3), (1, 2)])
+def test_a_memory_reader_of_its_own_as_torch_counts_it(chunk, k):
+    """It alone is trained: no gradient for what it asks with, one for all that follows it."""
+    mla = partial(MultiHeadLatentAttention, num_heads=2, memory=True, slot_reader="own")
+    network, memory = fused(mla=mla), slots_of(chunk, k)
+    options = {"causal": False, "tokens": ROWS * L, "slots": k, "chunk": chunk}
+    forward, mixing = forward_flops(network, L, **options), 2 * 3 * D
+    with counted() as found, torch.no_grad():
+        network(some_tokens(), memory=memory)
+    assert found.flops == pytest.approx(
+        sum(forward.values()) - forward["search"] - mixing - unseen(network, False)
+    )
+    network.freeze_experts()
+    set_trainable(network, "7d")
+    with counted() as found:
+        network.token_nll(some_tokens(), some_tokens(1), memory=memory).sum().backward()
+    expected = training_flops(network, L, recompute=False, **options)
+    assert found.flops == pytest.approx(expected - forward["search"] - unseen(network) - 3 * mixing)
+    # what a token sees: the first chunk of a document sees nothing
+    seen = forward_flops(network, L, **options | {"causal": True})["mla"]
+    blind = forward_flops(network, L, **options | {"causal": True, "slots": 0})["mla"]
+    groups = L // chunk - 1
+    projections = 2 * 2 * D * D + 2 * 2 * D * D * groups * k / L
+    assert seen - blind == pytest.approx(projections + 2 * 2 * D * k * (1 - chunk / L))
 
 
 @pytest.mark.parametrize("fusion", ["hidden", "prob"])

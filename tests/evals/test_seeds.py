@@ -119,6 +119,16 @@ def test_power_at_a_stated_effect(seeds, effect):
     assert covered(found, effect) >= 0.88
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_error_of_the_documents_is_that_of_a_ratio_by_its_formula(seeds):
+    """What seeds share of every document: sqrt(sum (d - mean n)^2) / sum n of differences d over n tokens."""
+    models, baselines = pipelines(np.random.default_rng(2), seeds, 400, 0, 0.3, 0)
+    found = difference_over_seeds(models, baselines, n_resamples=4000)
+    tokens = models[0].num_tokens
+    rest = models[0].sum_nll - baselines[0].sum_nll - found.estimate * tokens
+    assert found.document_error == pytest.approx(math.sqrt((rest**2).sum()) / tokens.sum(), rel=0.05)
+
+
 def test_one_seed_is_the_interval_over_documents_and_says_so():
     models, baselines = pipelines(np.random.default_rng(1), 1, 50, 0, 0.3, 0)
     ours = difference_over_seeds(models, baselines, seed=7)

@@ -274,9 +274,12 @@ class LatentAttention(nn.Module):
         yield from products_of(self.heads.q_proj, reach)
         yield from self.heads.expansion(reach)
         yield from attention_products(reach, num_heads, width, value_width)
+        if self.reads_apart:
+            yield from products_of(self.out_proj, reach)
+            yield from products_of(self.slots, reach)
+            return
         if self.slots is not None:
             yield from products_of(self.slots, reach)
-        if self.slots is not None and not self.reads_apart:
             for product in self.heads.expansion(reach, placed=False):
                 yield replace(product, flops=reach.slot_vectors * product.flops)
             yield Product(2.0 * num_heads * width * reach.slot_keys)
