@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Most tokens that may be asked for, as a share of the vocabulary's panels: a bound is found among those.
 MOST = 0.5
+# Panels that are compared with what they stand for while both are in the cache.
+STRIP = 8
 # Steps whose logits the head reads out at once.
 TOGETHER = 48
 
@@ -33,12 +35,15 @@ class Screen:
         packer = Packer("int8")
         packer.matrix(head)
         self.weights = packer.finish()
-        kept = head.bfloat16().float() if precision == "bf16" else head
-        apart = (kept - unpacked(self.weights, *head.shape)).double().norm(dim=1)
-        size = head.shape[1]
+        size, panels = head.shape[1], self.weights.view(-(-len(head) // PANEL), -1)
         rounding = 4 * size * 2.0**-24 + math.sqrt(size) / 32_000
-        errors = 1.0001 * (apart + rounding * (kept.double().norm(dim=1) + apart))
-        self.errors = F.pad(errors.float(), (0, -len(head) % LANES), value=math.inf)
+        errors = []
+        for rows, packed in zip(head.split(STRIP * PANEL), panels.split(STRIP), strict=True):
+            kept = rows.bfloat16().float() if precision == "bf16" else rows
+            apart = (kept - unpacked(packed, *rows.shape)).norm(dim=1)
+            # a thousandth for the rounding of these norms
+            errors.append(1.001 * (apart + rounding * (kept.norm(dim=1) + apart)))
+        self.errors = F.pad(torch.cat(errors), (0, -len(head) % LANES), value=math.inf)
 
 
 def unpacked(packed: Tensor, rows: int, cols: int) -> Tensor:
