@@ -16,6 +16,9 @@ from nano_think.engine.generate import Generation
 # Distinct also for the common kinds of colour blindness, readable on dark and on light backgrounds.
 COLOURS = ("dark_orange", "dodger_blue1", "green3", "magenta", "gold3", "cyan3", "red1", "grey58")
 
+# What a setting means to rich: whether to write as to a terminal, whatever the output is.
+AS_TERMINAL = {"auto": None, "always": True, "never": False}
+
 TokenBytes = Callable[[int], bytes]
 
 
@@ -38,13 +41,23 @@ class TextAssembler:
 class TokenPrinter:
     """Streams one row to a terminal, each token in the colour of its most trusted expert.
 
-    Where `file` is no terminal, the exact text is written and nothing else.
+    color: `auto` where `file` is a terminal, `always` (for a pager) or `never`. Without colours the exact text is
+    written and nothing else. Raises ValueError for another word.
     """
 
     def __init__(
-        self, token_bytes: TokenBytes, expert_names: Sequence[str] = (), file: TextIO | None = None
+        self,
+        token_bytes: TokenBytes,
+        expert_names: Sequence[str] = (),
+        file: TextIO | None = None,
+        color: str = "auto",
     ) -> None:
-        self._console = Console(file=file, highlight=False, markup=False, emoji=False)
+        if color not in AS_TERMINAL:
+            raise ValueError(f"color={color!r} is not known: {', '.join(AS_TERMINAL)}")
+        terminal = AS_TERMINAL[color]
+        self._console = Console(
+            file=file, force_terminal=terminal, highlight=False, markup=False, emoji=False
+        )
         self._text = TextAssembler(token_bytes)
         self._names = list(expert_names)
 

@@ -113,8 +113,9 @@ def continue_text(
     stream: TextIO | None = None,
     options: dict[str, Any] | None = None,
     quantize: Kind | None = None,
+    color: str = "auto",
 ) -> Continuation:
-    """Continue `prompt`, printing to `stream` token by token where one is given.
+    """Continue `prompt`, printing to `stream` token by token where one is given, coloured as `TokenPrinter` says.
 
     A model with memory reads it; with a session the finished sequence is remembered in it. quantize: how coarsely
     the weights are kept that write the text; a session remembers what the saved ones make of it.
@@ -128,7 +129,7 @@ def continue_text(
             f"the prompt has {len(tokens) - 1} tokens, this model's context holds {context - 1}: shorten it"
         )
     names = list(getattr(model, "experts", {}))
-    printer = TokenPrinter(tokenizer.token_bytes, names, stream) if stream is not None else None
+    printer = None if stream is None else TokenPrinter(tokenizer.token_bytes, names, stream, color)
     if printer is not None:
         printer.prompt(prompt)
     run = generate if quantize is None else partial(generate_quantized, kind=quantize)

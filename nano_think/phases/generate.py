@@ -8,6 +8,7 @@ from typing import Any
 
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint
 from nano_think.artifacts.memory import mark_of
+from nano_think.engine.render import AS_TERMINAL
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.engine.session import Session, continue_text, read_prompt, save_continuations, session_folder
 from nano_think.errors import UserError
@@ -47,6 +48,8 @@ def run(run: Run) -> dict[str, Any]:
         )
         if settings["max_new_tokens"] < 1:
             raise ValueError(f"max_new_tokens={settings['max_new_tokens']} must be at least 1")
+        if settings["color"] not in AS_TERMINAL:
+            raise ValueError(f"color={settings['color']} is not known: {', '.join(AS_TERMINAL)}")
     except (ValueError, TypeError) as error:
         raise UserError(f"generate: {error}") from error
     prompt = read_prompt(run.cfg.prompt, run.cfg.prompt_file, sys.stdin)
@@ -59,8 +62,9 @@ def run(run: Run) -> dict[str, Any]:
     if marked:
         run.say(f"[bold]{marked}[/bold]")
     try:
+        how = {"quantize": quantize, "color": settings["color"]}
         made = continue_text(
-            checkpoint, prompt, settings["max_new_tokens"], config, session, sys.stdout, quantize=quantize
+            checkpoint, prompt, settings["max_new_tokens"], config, session, sys.stdout, **how
         )
     except ValueError as error:
         if not marked:

@@ -80,6 +80,19 @@ def test_terminal_shows_each_token_in_the_colour_of_its_expert(terminal: Termina
     assert "beta" in shown
 
 
+def test_colours_may_be_wanted_in_a_pipe_and_unwanted_on_a_terminal(terminal: Terminal) -> None:
+    pipe = io.StringIO()
+    for file, color in ((pipe, "always"), (terminal, "never")):
+        printer = TokenPrinter(one_byte, ["alpha", "beta"], file, color)
+        printer.token(ord("a"), torch.tensor([0.9, 0.1]))
+        printer.finish()
+    assert "\x1b[" in pipe.getvalue()
+    assert "most trusted" in pipe.getvalue()
+    assert terminal.getvalue() == "a\n"
+    with pytest.raises(ValueError, match="color='red' is not known: auto, always, never"):
+        TokenPrinter(one_byte, color="red")
+
+
 def test_model_cannot_steer_the_terminal(terminal: Terminal) -> None:
     printer = TokenPrinter(one_byte, file=terminal)
     for byte in "\x1b]0;x\x07\r\x9b2J ok\n\t.".encode():

@@ -53,6 +53,18 @@ def generate(project, ckpt: Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
     return result, written, run
 
 
+def test_the_colours_of_the_settings_reach_the_output(make, project, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    settings = ("phase=generate", f"ckpt={make({}, {})}", PROMPT, "generate.max_new_tokens=3")
+    project.go(*settings)
+    assert "most trusted" not in capsys.readouterr().out
+    project.go(*settings, "generate.color=always")
+    assert "most trusted" in capsys.readouterr().out
+    with pytest.raises(UserError, match="color=red is not known"):
+        project.go(*settings, "generate.color=red")
+
+
 def test_text_of_a_leaky_model_is_marked_on_screen_and_in_json(make, project, printed):
     result, written, run = generate(project, make({"write_on_read": True}, {}))
     assert "NOT CAUSAL: retrieval.write_on_read=true" in printed(run)

@@ -74,7 +74,10 @@ MIXED: dict[str, dict[str, Any]] = {
         "memory": True,
         "experts": {"diffuser": {"fused_steps": 4}},
     },
-    "no expert with an adaptor": {"kinds": ALL, "experts": {kind: {"adaptor": False} for kind in ALL.split()}},
+    "no expert with an adaptor": {
+        "kinds": ALL,
+        "experts": {kind: {"adaptor": False} for kind in ALL.split()},
+    },
     "a single expert behind a router": {"kinds": "transformer"},
     "no shared context": {"mla": None},
     "router: token": routed("token", tau=2.0),
