@@ -197,8 +197,9 @@ def line_chart(
     title: str = "",
     x_scale: str = "linear",
     ticks: Sequence[str] = (),
+    y_most: float | None = None,
 ) -> Path:
-    """Curves name -> (x, y); `ticks` name the places 0, 1, 2... of the x axis."""
+    """Curves name -> (x, y); `ticks` name the places 0, 1, 2... of the x axis, above `y_most` all is cut off."""
     figure, axes = _axes()
     few = all(np.size(x) <= 30 for x, _ in curves.values())
     _lines(axes, curves, marker=few, markersize=3.5, linewidth=1.3)
@@ -210,25 +211,41 @@ def line_chart(
     if ticks:
         axes.set_xticks(range(len(ticks)), ticks, rotation=30 if len(ticks) > 6 else 0)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    if y_most is not None:
+        axes.set_ylim(top=y_most)
     return _save(figure, path)
 
 
 def intervals(
-    path: str | Path, rows: Mapping[str, Interval], *, x_label: str, y_label: str = "", title: str = ""
+    path: str | Path,
+    rows: Mapping[str, Interval],
+    *,
+    x_label: str,
+    y_label: str = "",
+    title: str = "",
+    least: float = 0.0,
 ) -> Path:
-    """A row each with its estimate and interval beside the line at 0: blue below it, red above, else grey."""
+    """A row each with its estimate and interval beside the line at 0: blue below it, red above, else grey.
+
+    least: an estimate nearer to 0 than this is grey whatever its interval, and the axis shows at least twice as
+    much on both sides.
+    """
     figure, axes = _axes(height=0.32 * len(rows) + 1.3)
     axes.grid(False)
     axes.grid(axis="x", alpha=0.3)
     axes.axvline(0, color="#444444", linewidth=1)
     for place, interval in enumerate(rows.values()):
         side = 0 if interval.high < 0 else 1 if interval.low > 0 else None
+        side = None if abs(interval.estimate) < least else side
         colour = "#666666" if side is None else COLOURS[side]
         if not np.isnan(interval.low):
             axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
         axes.plot(interval.estimate, place, marker="o" if side is None else "s", color=colour, markersize=5)
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=6)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, -2 * least), max(high, 2 * least))
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     return _save(figure, path)
 

@@ -40,9 +40,8 @@ def evidence(report: Report, record: StudyRecord, folder: Path) -> None:
         by_seed = found[topic]
         seed, value = next(iter(by_seed.items()))
         report.heading(TITLES.get(topic, topic.replace("_", " ").capitalize()))
-        report.text(
-            f"Measured under seed {', '.join(map(str, by_seed))}; tables and figures show seed {seed}."
-        )
+        shown = f"; tables and figures show seed {seed}" if len(by_seed) > 1 else ""
+        report.text(f"Measured on validation text, seed {', '.join(map(str, by_seed))}{shown}.")
         if topic in drawn and "reason" not in value:
             drawn[topic](report, value, folder)
         else:  # a topic of its own, or the reason why there is nothing to show

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nano_think.evals import plots
-from nano_think.evals.bootstrap import Interval
+from nano_think.evals.bootstrap import RESOLUTION, Interval
 from nano_think.evals.gates import SIGNIFICANT
 from nano_think.evals.report import Report
 from nano_think.evals.study_values import Values, as_interval, matrix, number, table
@@ -52,7 +52,9 @@ def specialisation(report: Report, value: Values, folder: Path) -> None:
     path = plots.heatmap(
         folder / "error_correlation.png", errors, experts, experts, label="correlation of losses over tokens"
     )
-    report.figure(path, "How alike the experts' errors are: the lower, the more a mixture can gain.")
+    report.figure(
+        path, "How alike the losses of the experts are inside the mixture: the lower, the more it can gain."
+    )
     _classes(report, value, experts, classes)
     gains = {f"best expert of each {name}": i for name, v in value["oracle"].items() if (i := as_interval(v))}
     if gains:
@@ -126,16 +128,21 @@ def routing(report: Report, value: Values, folder: Path) -> None:
 
 def calibration(report: Report, value: Values, folder: Path) -> None:
     """Expected calibration errors, and how the experts' losses go together token by token."""
-    rows = list(value.get("ece", {}).items())
+    chance = value.get("ece_by_chance", {})
+    rows = [[name, error, chance.get(name)] for name, error in value.get("ece", {}).items()]
     title = "Expected calibration error (share of probability)"
-    report.table(table(["model", "ECE"], rows, title, ["", ".4f"]))
+    headers = ["model", "ECE", "of a model that is right as often as it says"]
+    report.table(table(headers, rows, title, ["", ".4f", ".4f"]))
     if errors := value.get("error_correlation"):
         names = errors["names"]
         path = plots.heatmap(
             folder / "token_losses.png", [[number(v) for v in row] for row in errors["matrix"]], names, names,
             label="correlation of losses over tokens",
         )  # fmt: skip
-        report.figure(path, f"How alike the experts' losses are over {errors['count']:,} tokens.")
+        tokens = f"{errors['count']:,} tokens"
+        report.figure(
+            path, f"How alike the losses of the experts are, each alone as pre-trained, over {tokens}."
+        )
 
 
 def spaces(report: Report, value: Values, folder: Path) -> None:
@@ -147,12 +154,15 @@ def spaces(report: Report, value: Values, folder: Path) -> None:
         "same information in other coordinates. Linear probes are fitted on half of the documents and tested "
         "on the others."
     )
-    distance = value["adaptor_distance"]
-    report.table(
-        table(
-            ["expert", "distance of its entry adaptor from the identity"], list(distance.items()), "Adaptors"
+    if "with_adaptors" in value:
+        report.text(
+            "The adaptor is a square matrix at the entry of each expert, which it learns in pre-training. Without "
+            "adaptors means the same experts with theirs left out, for which they were never trained: how much "
+            "they lose says how much they rely on it."
         )
-    )
+    if distance := value["adaptor_distance"]:
+        headers = ["expert", "distance of its entry adaptor from the identity"]
+        report.table(table(headers, list(distance.items()), "Adaptors"))
     for key, text in (("with_adaptors", "with adaptors"), ("without_adaptors", "without adaptors")):
         part = value.get(key)
         if not part:
@@ -182,7 +192,8 @@ def spaces(report: Report, value: Values, folder: Path) -> None:
         rows.append(["most frequent answer", part["class_majority"], part["domain_majority"]])
         title = f"Accuracy of linear probes, {text}"
         report.table(table(["space", "kind of token", "domain"], rows, title, ["", ".3f", ".3f"]))
-        report.table(table(["expert", "loss"], list(part["loss"].items()), f"Loss, {text}", ["", ".4f"]))
+        title = f"Loss of each expert alone, {text}"
+        report.table(table(["expert", "nats a token"], list(part["loss"].items()), title, ["", ".4f"]))
 
 
 def lengths(report: Report, value: Values, folder: Path) -> None:
@@ -217,7 +228,7 @@ def lengths(report: Report, value: Values, folder: Path) -> None:
     headers = ["model", "length", "loss (nats/token)", "seconds a token", "tokens a second"]
     report.table(table(headers, rows, "Loss and speed by length", ["", ",", ".4f", ".3g", ",.0f"]))
     cut = "minus the same text cut to the trained length"
-    headers = ["model", "length", "positions", "tokens", "loss", cut]
+    headers = ["model", "length", "positions", "tokens", "loss (nats/token)", cut]
     title = "Does more context help? The longest length by position"
     report.table(table(headers, cuts, title, ["", ",", "", ",", ".4f", "+.4f"]))
     bars = {
@@ -227,6 +238,9 @@ def lengths(report: Report, value: Values, folder: Path) -> None:
     }
     if bars:
         path = plots.intervals(
-            folder / "length_cut.png", bars, x_label="last positions: long minus cut text (nats/token)"
+            folder / "length_cut.png",
+            bars,
+            x_label="last positions: long minus cut text (nats/token)",
+            least=RESOLUTION,
         )
         report.figure(path, "Loss of the last positions with long context minus with the trained length.")

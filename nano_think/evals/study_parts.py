@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from nano_think.evals import plots
-from nano_think.evals.bootstrap import Interval
+from nano_think.evals.bootstrap import RESOLUTION, Interval
 from nano_think.evals.report import Report
+from nano_think.evals.study_sections import COLOURS
 from nano_think.evals.study_values import Values, as_interval, generic, number, table
+
+DIFFERENCE = "difference of loss (nats per token)"
+# What the values of R2 to R4 and of the costs are.
+MEMORY_WORDS = {
+    "k": "records a question",
+    "queries": "questions",
+    "precision": "share of the records that are of the questioner's domain",
+    "base_rate": "the same by chance",
+    "lift": "times as often as by chance",
+    "mrr@10": "mean reciprocal rank among the first ten",
+    "recall@1": "found at the first rank",
+    "recall@10": "found among the first ten",
+    "chance_mrr": "reciprocal rank by chance",
+    "same_domain_chance_mrr": "the same where the domain is known",
+    "slots": "share of the attention that goes to records",
+    "null": "share that goes to the empty slot",
+    "tokens": "tokens that see a record",
+    "records": "records in the memory",
+    "chunk": "tokens a record and a question",
+    "ms_per_token": "milliseconds a token",
+    "flops_per_token": "FLOPs a token",
+    "equal_compute": "by compute",
+    "search": "of the search",
+    "loss_off": "loss without memory (nats/token)",
+    "loss_on": "loss with memory (nats/token)",
+    "flops_off": "FLOPs a token without",
+    "flops_on": "FLOPs a token with",
+    "nats_per_gflop": "nats gained by a GFLOP more",
+    "off": "memory off",
+    "on": "memory on",
+    "model": "of the model",
+    "share": "share of the memory in all",
+    "domains": "domain",
+    "heads": "by head",
+}
+# What is not the same in all of them.
+OWN_WORDS = {
+    "R2": {"interval": "share beyond chance, with its interval over documents"},
+    "R3": {"interval": "mean reciprocal rank, with its interval over documents"},
+    "cost": {"slots": "of reading records"},
+}
 
 
 def denoiser(report: Report, value: Values, folder: Path) -> None:
@@ -36,17 +79,16 @@ def _steps(report: Report, value: Values, folder: Path) -> None:
     """Loss and time by the number of denoising steps, beside the Transformer that was its teacher."""
     curve = value["curve"]
     counts = [entry["steps"] for entry in curve]
-    loss = {"diffuser": (counts, [number(entry["loss"]["estimate"]) for entry in curve])}
-    if (teacher := as_interval(value.get("teacher_loss"))) is not None:
-        loss["Transformer (its teacher)"] = (counts, [teacher.estimate] * len(counts))
-    time = {"noisy passes": (counts, [number(entry["seconds_per_token"]) for entry in curve])}
-    for measure, curves, y_label in (
-        ("loss", loss, "loss (nats per token)"),
-        ("time", time, "seconds a token"),
-    ):
-        path = folder / f"denoising_{measure}.png"
-        plots.line_chart(path, curves, x_label="denoising steps K", y_label=y_label, x_scale="log")
-        report.figure(path, f"{measure.capitalize()} by number of denoising steps.")
+    path = steps_chart(folder / "denoising_loss.png", {"diffuser": value})
+    report.figure(path, "Loss by number of denoising steps.")
+    path = plots.line_chart(
+        folder / "denoising_time.png",
+        {"noisy passes": (counts, [number(entry["seconds_per_token"]) for entry in curve])},
+        x_label="denoising steps K",
+        y_label="seconds a token",
+        x_scale="log",
+    )
+    report.figure(path, "Time by number of denoising steps.")
     names = ("steps", "network_passes", "loss", "minus_one_step", "gap", "kl", "helps", "seconds_per_token",
              "decode_seconds_per_token")  # fmt: skip
     headers = ["steps", "passes", "loss (nats/token)", "minus one step", "minus teacher", "KL(teacher, it)",
@@ -58,6 +100,21 @@ def _steps(report: Report, value: Values, folder: Path) -> None:
     report.text(
         f"Teacher {_loss(value.get('teacher_loss'))} nats a token; steps inside the mixture: "
         f"{value.get('fused_steps')}. A gap below the KL is the diffuser's chance in a pool."
+    )
+
+
+def steps_chart(path: Path, values: Mapping[str, Values]) -> Path:
+    """Loss by the number of denoising steps, a curve a diffuser, and that of the first one's teacher."""
+    curves = {
+        name: ([e["steps"] for e in value["curve"]], [number(e["loss"]["estimate"]) for e in value["curve"]])
+        for name, value in values.items()
+    }
+    first = next(iter(values.values()))
+    if (teacher := as_interval(first.get("teacher_loss"))) is not None:
+        counts = [entry["steps"] for entry in first["curve"]]
+        curves["Transformer (its teacher)"] = (counts, [teacher.estimate] * len(counts))
+    return plots.line_chart(
+        path, curves, x_label="denoising steps K", y_label="loss (nats per token)", x_scale="log"
     )
 
 
@@ -141,11 +198,15 @@ def memory(report: Report, value: Values, folder: Path) -> None:
         "R4": "Attention that goes to the memory",
         "cost": "What the memory costs",
     }
+    report.text(
+        "A record is the vector of a piece of the experts' text. At every chunk the mixture asks for those "
+        "nearest to what it has read so far, and its latent attention may read them."
+    )
     for name, part in value.items():
         if name in drawn:
             drawn[name](report, part, folder)
         else:
-            generic(report, part, titles.get(name, name))
+            generic(report, part, titles.get(name, name), MEMORY_WORDS | OWN_WORDS.get(name, {}))
 
 
 def _memory_losses(report: Report, value: Values, folder: Path) -> None:
@@ -165,8 +226,8 @@ def _memory_losses(report: Report, value: Values, folder: Path) -> None:
     )
     _difference_table(report, value, "Memory: paired differences (nats/token)")
     found = {name: i for name, v in value["differences"].items() if (i := as_interval(v))}
-    path = plots.intervals(folder / "memory.png", found, x_label="difference of loss (nats per token)")
-    report.figure(path, "Loss with real records against none, shuffled and random ones.")
+    path = plots.intervals(folder / "memory.png", found, x_label=DIFFERENCE, least=RESOLUTION)
+    report.figure(path, f"Loss with real records against none, shuffled and random ones: {COLOURS}")
     if domains := value.get("domains"):
         names = list(next(iter(domains.values())))
         rows = [[domain, *(entry.get(n) for n in names)] for domain, entry in domains.items()]
@@ -204,6 +265,7 @@ def _overlap(report: Report, value: Values, folder: Path) -> None:
             found,
             y_label="share copied",
             x_label="real minus shuffled records (nats per token)",
+            least=RESOLUTION,
         )
         report.figure(path, "Gain of real over shuffled records, by how much of the text they repeat.")
     report.text(
@@ -227,5 +289,5 @@ def _planted(report: Report, value: Values, folder: Path) -> None:
     report.table(table(headers, modes, "Planted facts", ["", ".4f", ".3f"]))
     _difference_table(report, value, "Planted facts: paired differences (nats/token)")
     found = {name: i for name, v in value["differences"].items() if (i := as_interval(v))}
-    path = plots.intervals(folder / "planted.png", found, x_label="difference of loss (nats per token)")
+    path = plots.intervals(folder / "planted.png", found, x_label=DIFFERENCE, least=RESOLUTION)
     report.figure(path, "Loss of planted facts with their own record against none, shuffled and random ones.")

@@ -14,15 +14,15 @@ from nano_think.evals.study_record import StudyRecord
 from nano_think.evals.study_sections import (
     differences,
     gates,
-    headline,
     label,
     main_table,
     sentence,
     standing,
 )
-from nano_think.evals.study_setup import change_our_mind, provenance, question, setup, training
+from nano_think.evals.study_setup import change_our_mind, provenance, question, setup
 from nano_think.evals.study_stages import router_bounds, stage_gains
 from nano_think.evals.study_statistics import RIVALS, StudyStatistics
+from nano_think.evals.study_training import training
 
 
 def write_study_report(directory: str | Path, n_resamples: int = 2000) -> str:
@@ -72,17 +72,24 @@ def study_report(record: StudyRecord, figures: str | Path, n_resamples: int = 20
     return report
 
 
+# What the uniform pools are, for readers who know no names of models.
+POOLED = {
+    "uniform_prob": "the plain average of its experts' probabilities",
+    "uniform_hidden": "the plain average of its experts' hidden states",
+}
+
+
 def _summary(report: Report, stats: StudyStatistics) -> None:
     """The verdicts, before everything else."""
     chosen = label(stats, stats.fused) if stats.fused else "none"
     lines = [f"The mixture is the stage of lowest validation loss: {chosen}."]
-    lines += [
-        sentence(difference, "The mixture", text.removeprefix("mixture minus "))
-        for text, difference in headline(stats).items()
-    ]
     if stats.fused is not None:
+        best = {stats.best_expert: "its best expert alone"} if stats.best_expert else {}
+        others = {key: f"{what} ({label(stats, key)})" for key, what in (best | POOLED).items()}
         lines += [
-            sentence(stats.difference(stats.fused, key), "The mixture", what) for key, what in RIVALS.items()
+            sentence(stats.difference(stats.fused, key), "The mixture", what)
+            for key, what in (others | RIVALS).items()
+            if key in stats.compared() or key in RIVALS
         ]
     lines.append(sentence(stats.difference("fused_7b", "static"), "The router (7b)", "static weights (7a)"))
     memory = stats.difference("fused_7d", "fused_7c")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nano_think.evals import plots
-from nano_think.evals.bootstrap import Interval
+from nano_think.evals.bootstrap import RESOLUTION, Interval
 from nano_think.evals.report import Report
 from nano_think.evals.seeds import SeedDifference
 from nano_think.evals.study_record import MODELS
@@ -20,11 +20,21 @@ from nano_think.evals.study_values import shown
 
 DIFFERENCE = "difference (nats/token)"
 HEADERS = [DIFFERENCE, "each seed", "smallest effect claimed", "verdict"]
+# How `plots.intervals` colours differences.
+COLOURS = (
+    "blue where the interval lies below 0, red where it lies above, grey where it holds 0 or the difference is "
+    f"below {RESOLUTION:g}."
+)
 
 
 def label(stats: StudyStatistics, key: str) -> str:
     """How the report calls a model."""
     return str(stats.record.models.get(key, {}).get("label", key.replace("_", " ")))
+
+
+def covered(stats: StudyStatistics) -> str:
+    """What intervals over seeds cover."""
+    return "documents and seeds" if len(stats.record.seeds) > 1 else "documents"
 
 
 def per_seed(difference: SeedDifference) -> str:
@@ -83,7 +93,7 @@ def main_table(report: Report, stats: StudyStatistics, folder: Path) -> None:
             bars[label(stats, key)] = by_domain
     report.table(
         ["model", "is", "parameters", "training FLOPs as planned", "inference FLOPs/token", "validation loss",
-         "test loss (nats/token)", "bits/byte, all text alike", "bits/byte, all domains alike",
+         "test loss (nats/token)", "bits/byte, of all text", "bits/byte, mean of the domains",
          "ECE (validation)", "seeds"],
         rows,
         formats=["", "", ",", ".3g", ".3g", ".4f", ".4f", ".4f", ".4f", ".4f", ""],
@@ -97,7 +107,7 @@ def main_table(report: Report, stats: StudyStatistics, folder: Path) -> None:
     )
     if bars:
         path = plots.domain_bars(folder / "domains.png", bars, y_label="bits per byte")
-        report.figure(path, "Bits per byte by domain, with 95% intervals over documents and seeds.")
+        report.figure(path, f"Bits per byte by domain, with 95% intervals over {covered(stats)}.")
 
 
 def _calibration(seed: Mapping[str, Any]) -> Mapping[str, float]:
@@ -131,13 +141,10 @@ def differences(report: Report, stats: StudyStatistics, folder: Path) -> None:
             folder / "differences.png",
             shown,
             x_label="mixture minus baseline (nats per token); left is better",
+            least=RESOLUTION,
         )
-        report.figure(
-            path,
-            "Paired differences with 95% intervals over documents and seeds: blue where the interval lies "
-            "below 0, red where it lies above, grey where it holds 0. Baselines a nat or further off are "
-            "left out.",
-        )
+        far = "Baselines a nat or further off are left out."
+        report.figure(path, f"Paired differences with 95% intervals over {covered(stats)}: {COLOURS} {far}")
     domains = stats.record.domains
     table = [
         [label(stats, key), *(_cell(stats.difference(fused, key, domain=i)) for i in range(len(domains)))]
@@ -249,7 +256,9 @@ def _passed(gate: Mapping[str, Any]) -> str:
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
+    """Figures of a gate in words, without those that are empty."""
+    found = [(name.replace("_", " "), shown(value)) for name, value in figures.items()]
+    return ", ".join(f"{name} {value.replace('_', ' ')}" for name, value in found if value)
 
 
 def _tries(report: Report, tries: list[Mapping[str, Any]], needed: int) -> None:
@@ -260,7 +269,16 @@ def _tries(report: Report, tries: list[Mapping[str, Any]], needed: int) -> None:
             for t in tries
         ]  # fmt: skip
         report.table(
-            ["what was tried", "why", "validation before", "after", "kept", "note", "command", "commit"],
+            [
+                "what was tried",
+                "why",
+                "validation loss before (nats/token)",
+                "after",
+                "kept",
+                "note",
+                "command",
+                "commit",
+            ],
             rows,
             formats=["", "", ".4f", ".4f", "", "", "", ""],
             title="What was tried to improve the mixture",

@@ -1,23 +1,60 @@
-"""How a study was made: question, data, models, tuning, curves, what would change our mind, provenance."""
+"""How a study was made: question, data, models, what would change our mind, provenance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
-from nano_think.evals import plots
 from nano_think.evals.bootstrap import RESOLUTION
 from nano_think.evals.report import Report
 from nano_think.evals.seeds import SeedDifference
-from nano_think.evals.study_record import MODELS
+from nano_think.evals.study_record import MODELS, StudyRecord
 from nano_think.evals.study_sections import headline, label
 from nano_think.evals.study_statistics import RIVALS, StudyStatistics, word
 
-# share of the loss by which a curve may fall an epoch at its end; one that falls faster was stopped too early
-PLATEAU = 0.01
+# What a reader has to know of data and settings; names are those of study.json.
+MEANINGS = {
+    "source": "where the text comes from",
+    "corpus_hash": "of all text and its splits",
+    "tokenizer_hash": "of the tokenizer",
+    "domains": "kinds of text; every one is measured by itself too",
+    "train_tokens": "tokens that an expert may read",
+    "expert_tokens": "tokens that an expert may read",
+    "fusion_tokens": "tokens beside them that the mixture's stages may read; a single Transformer may read both",
+    "test_tokens": "tokens of test text that every model is judged on",
+    "test_documents": "documents that they belong to",
+    "seeds": "each is a pipeline of its own: initial weights, order of the text, dropout",
+    "optimizer": "of every fit",
+    "tuning.factors": "learning rates tried in pre-training, as factors of the default",
+    "tuning.fusion_factors": "the same for stage 7c and its control",
+    "tuning.share": "share of the steps after which a learning rate is judged",
+    "tuning.dropouts": "tried after that, in whole runs",
+    "tuning.horizons": "shares of its FLOPs that the Transformer of equal training FLOPs is planned for",
+    "rows": "rows of size.seq_len tokens that are measured of each domain",
+    "evidence_tokens": "tokens of validation text that the costlier evidence reads",
+    "pool": "Transformers of different seeds that are averaged (B9)",
+    "size.name": "of this set of dimensions",
+    "size.d_model": "numbers in a hidden state",
+    "size.vocab_size": "tokens that the tokenizer knows",
+    "size.seq_len": "tokens of a row in training",
+    "size.chunk": "tokens that share one question to the memory",
+}
+WORDS = {
+    "expert": "a language model that was trained alone and then frozen. There are three kinds: a Transformer; a "
+    "diffuser, which denoises the hidden state that the Transformer would have; a state-space model. All read "
+    "and speak through one embedding table",
+    "mixture": "the experts behind a router, which gives each a weight at every token, from the text so far",
+    "7a, 7b, 7c, 7d": "its stages: constant weights; a trained router; also the table and a latent attention over "
+    "the text that the experts read; also a memory, vectors of text that are looked up",
+    "B0 to B10": "the baselines",
+    "loss": "nats a token: minus the mean logarithm of the probability of the right token. Lower is better",
+    "bits a byte": "the same in bits, by bytes of text, so that the tokenizer does not matter",
+    "difference": "the first loss minus the second, on the same documents: below 0 the first is better",
+    "oracle": "a choice that sees the right answers: a bound, no model",
+    "ECE": "expected calibration error: how far the probability of the likeliest token lies from how often it is "
+    "right",
+    "KL": "mean divergence of two models' predictions, nats a token: 0 where they say the same",
+}
 
 
 def settings_rows(facts: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
@@ -31,22 +68,29 @@ def settings_rows(facts: Mapping[str, Any], prefix: str = "") -> Iterator[list[s
 
 
 def question(report: Report, stats: StudyStatistics) -> None:
-    """The question, and what is missing from the answer."""
+    """The question, what is missing from the answer, and a failed audit, with which there is none."""
     facts = stats.record.facts
     report.heading("Question").text(str(facts.get("question", "No question was recorded.")))
     if missing := stats.record.missing():
         report.text("**This study is not whole.** Missing:\n\n" + "\n".join(f"- {line}" for line in missing))
     if changed := stats.record.changed:
         report.text(f"**Changed since SHA256SUMS was written:** {', '.join(changed)}.")
+    audits = {seed: found for seed, made in stats.record.seeds.items() if (found := made.get("audit"))}
+    for seed, found in audits.items():
+        if not found["passed"]:
+            report.text(f"**Seed {seed}: {found['mark']}.**")
 
 
 def setup(report: Report, stats: StudyStatistics) -> None:
     """Data, settings and models, and how figures are made."""
     record = stats.record
     report.heading("Set-up")
-    report.table(["data", "value"], list(settings_rows(record.facts["data"])), align=["l", "l"], title="Data")
-    rows = list(settings_rows(record.facts.get("settings", {})))
-    report.table(["setting", "value"], rows, align=["l", "l"], title="Settings")
+    report.text("\n".join(f"- **{word}**: {meaning}." for word, meaning in WORDS.items()))
+    for title, name in (("Data", "data"), ("Settings", "settings")):
+        rows = [[*row, MEANINGS.get(row[0], "")] for row in settings_rows(record.facts.get(name, {}))]
+        report.table(
+            [title.lower().removesuffix("s"), "value", "meaning"], rows, align=["l"] * 3, title=title
+        )
     models = [
         [label(stats, key), MODELS[key], facts.get("description"), facts.get("trained_parameters")]
         for key, facts in record.models.items()
@@ -74,91 +118,6 @@ def _method(stats: StudyStatistics) -> str:
         f"resamples, both models of a comparison on the same ones. {over_seeds} Bounds (oracles that see the "
         "labels, choices that know the domain) are no models, and nothing is claimed against them."
     )
-
-
-def training(report: Report, stats: StudyStatistics, folder: Path) -> None:
-    """Tuning trials of every family, where each fit stopped and whether it had ended, and the curves."""
-    record = stats.record
-    if tuning := record.facts.get("tuning"):
-        _tuning(report, tuning)
-    rows, moving, known = [], [], True
-    keys = {key for facts in record.seeds.values() for key in facts.get("fits", {})}
-    for key in (*(key for key in record.models if key in keys), *sorted(keys - set(record.models))):
-        fits = [facts["fits"][key] for facts in record.seeds.values() if key in facts.get("fits", {})]
-        fall = _mean(fits, "fall_per_epoch")
-        known = known and fall is not None
-        if fall is not None and fall > PLATEAU:
-            moving.append(label(stats, key))
-        numbers = ("steps", "tokens", "epochs", "best_step", "val_loss")
-        rows.append(
-            [label(stats, key), *(_mean(fits, n) for n in numbers), fall, _mean(fits, "lr"), len(fits)]
-        )
-    report.table(
-        ["model", "steps", "tokens", "epochs", "best step", "validation loss", "fall an epoch at the end",
-         "learning rate", "seeds"],
-        rows,
-        formats=["", ",.0f", ",.0f", ".2f", ",.0f", ".4f", ".2%", "g", ""],
-        title="Where each fit stood at its end, mean over seeds",
-    )  # fmt: skip
-    if moving:
-        still = f"Still falling by more than {PLATEAU:.0%} an epoch when they ended, so not fully trained"
-        report.text(f"{still}: {', '.join(moving)}.")
-    elif rows and known:
-        report.text(f"Every validation curve fell by at most {PLATEAU:.0%} an epoch at its end: a plateau.")
-    _curves(report, stats, folder)
-
-
-def _tuning(report: Report, trials: Sequence[Mapping[str, Any]]) -> None:
-    """Every trial with whatever settings were tried."""
-    families = [str(trial.get("family")) for trial in trials]
-    counts = ", ".join(f"{family} {families.count(family)}" for family in dict.fromkeys(families))
-    report.text(f"Tuning trials a family: {counts}.")
-    names = list(dict.fromkeys(name for trial in trials for name in trial if name != "chosen"))
-    formats = {"family": "", "tokens": ",", "val_loss": ".4f"}
-    report.table(
-        [*(name.replace("_", " ") for name in names), "chosen"],
-        [[*map(trial.get, names), "chosen" if trial.get("chosen") else ""] for trial in trials],
-        formats=[*(formats.get(name, "g") for name in names), ""],
-        title="Tuning record",
-    )
-
-
-def _mean(fits: list[Mapping[str, Any]], name: str) -> float | None:
-    values = [float(fit[name]) for fit in fits if fit.get(name) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _curves(report: Report, stats: StudyStatistics, folder: Path) -> None:
-    """Validation loss against tokens and against training FLOPs, mean over seeds at the steps all seeds have."""
-    by_tokens, by_flops = {}, {}
-    for key, facts in stats.record.models.items():
-        fits = [s["fits"][key] for s in stats.record.seeds.values() if key in s.get("fits", {})]
-        histories = [dict(map(tuple, fit["history"])) for fit in fits if fit.get("history")]
-        steps = sorted(set.intersection(*(set(h) for h in histories))) if histories else []
-        if not steps:
-            continue
-        losses = [float(np.mean([history[step] for history in histories])) for step in steps]
-        first, name = fits[0], label(stats, key)
-        if not first.get("tokens"):
-            continue
-        tokens = np.array(steps) * first["tokens"] / first["steps"]
-        by_tokens[name] = (tokens, losses)
-        if (total := facts.get("training_flops")) and (planned := first.get("planned_flops")):
-            # what a mixture's experts cost was spent before its own first step
-            by_flops[name] = (total - planned * (1 - tokens / first["planned_tokens"]), losses)
-    for name, curves, x_label, scale in (
-        ("tokens", by_tokens, "training tokens of the fit", "log"),
-        ("flops", by_flops, "training FLOPs, experts of a mixture included", "log"),
-    ):
-        if curves:
-            path = plots.line_chart(
-                folder / f"curves_{name}.png",
-                curves,
-                x_label=x_label,
-                y_label="validation loss (nats per token)",
-                x_scale=scale,
-            )
-            report.figure(path, f"Validation loss against {x_label}, mean over seeds.")
 
 
 def change_our_mind(report: Report, stats: StudyStatistics) -> None:
@@ -205,7 +164,7 @@ def provenance(report: Report, stats: StudyStatistics) -> None:
     commands = "\n".join(map(str, facts.get("commands", []))) or "no commands were recorded"
     report.text(f"```\n{commands}\n```")
     rows: list[list[Any]] = [
-        ["leak audit", facts.get("audit", "not recorded")],
+        ["leak audit", _audits(record)],
         ["reads of the test split", str(facts.get("test_reads", "not recorded"))],
         ["hash of all inputs", f"`{record.digest()}`"],
         *settings_rows(facts.get("versions", {})),
@@ -213,7 +172,12 @@ def provenance(report: Report, stats: StudyStatistics) -> None:
     for seed, made in record.seeds.items():
         if where := made.get("measured_with"):
             rows.append([f"seed {seed}", f"commit {where['commit']}, {where['machine']}"])
-    report.table(["what", "value"], rows, align=["l", "l"])
+    report.table(["what", "value"], rows, align=["l", "l"], title="What this report comes from")
+    findings = [found for made in record.seeds.values() if (found := made.get("audit", {}).get("findings"))]
+    if findings:
+        rows = [[one["check"], one["title"], one["verdict"]] for one in findings[0]]
+        title = "Leak audit: does anything that the mixture says depend on later tokens?"
+        report.table(["check", "what must hold", "verdict"], rows, align=["l"] * 3, title=title)
     commands_of = {
         label(stats, key): fit["command"]
         for seed in record.seeds.values()
@@ -225,3 +189,13 @@ def provenance(report: Report, stats: StudyStatistics) -> None:
         report.table(["fit", "command"], rows, title="The command of each fit, last seed")
     hashes = [[name, f"`{value}`"] for name, value in sorted(record.hashes.items())]
     report.table(["input", "SHA-256"], hashes, align=["l", "l"], title="Inputs of this report")
+
+
+def _audits(record: StudyRecord) -> str:
+    """What the leak audit of each seed's mixture said, seeds that agree together."""
+    said: dict[str, list[str]] = {}
+    for seed, made in record.seeds.items():
+        said.setdefault(made.get("audit", {}).get("mark", "not recorded"), []).append(str(seed))
+    if len(said) < 2:
+        return "".join(said) or "not recorded"
+    return "; ".join(f"seed {', '.join(seeds)}: {mark}" for mark, seeds in said.items())

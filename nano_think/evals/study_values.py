@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,12 @@ def leaves(value: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", item
 
 
-def generic(report: Report, value: Any, title: str) -> None:
-    """Any evidence: a table of its values, and one for each list of objects."""
+def generic(report: Report, value: Any, title: str, words: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Any evidence: a table of its values, and one for each list of objects; words: what parts of names mean."""
+
+    def said(name: str) -> str:
+        return ", ".join(words.get(part, part.replace("_", " ")) for part in name.split("."))
+
     if not isinstance(value, Mapping):
         value = {title: value}
     rows, lists = [], {}
@@ -88,13 +93,14 @@ def generic(report: Report, value: Any, title: str) -> None:
         if isinstance(item, list) and item and all(isinstance(one, Mapping) for one in item):
             lists[name] = item
         else:
-            rows.append([name, shown(item)])
+            rows.append([said(name), shown(item)])
     if rows:
         report.table(["value", "measured"], rows, align=["l", "r"], title=title)
     for name, items in lists.items():
         headers = list(dict.fromkeys(key for item in items for key in item))
         cells = [[shown(item.get(key)) for key in headers] for item in items]
-        report.table(headers, cells, align=["r"] * len(headers), title=f"{title}: {name}")
+        headers, align = [said(key) for key in headers], ["r"] * len(headers)
+        report.table(headers, cells, align=align, title=f"{title}: {said(name)}")
 
 
 def over_seeds(report: Report, by_seed: Mapping[int, Values], names: Mapping[str, str], title: str) -> None:

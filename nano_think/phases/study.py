@@ -15,6 +15,7 @@ from nano_think.phases.data import load_shards, loader_settings, shards_maker
 from nano_think.phases.run import Run
 from nano_think.phases.study_ablated import run_ablations
 from nano_think.phases.study_ablations import ablations
+from nano_think.phases.study_audit import audited
 from nano_think.phases.study_evidence import evidence_maker
 from nano_think.phases.study_fits import make_all
 from nano_think.phases.study_kept import Kept
@@ -58,6 +59,7 @@ def run(run: Run) -> dict[str, Any]:
             continue
         run.say(f"[bold]seed {plan.seed}[/bold]")
         make_all(run, plan.trained.values(), workers)
+        audited(plan)
         for split in SPLITS:
             run.obtain(losses_maker(plan, split), named=True)
         run.obtain(evidence_maker(plan), named=True)

@@ -17,6 +17,7 @@ from nano_think.phases.data import load_corpus
 from nano_think.phases.run import Maker, Run, versions
 from nano_think.phases.sections import fall_per_epoch
 from nano_think.phases.study_ablations import planned_names
+from nano_think.phases.study_audit import audited
 from nano_think.phases.study_costs import planned_tokens
 from nano_think.phases.study_evidence import load_evidence
 from nano_think.phases.study_gates import study_gates
@@ -121,7 +122,7 @@ def _data(plan: Plan, test: StudyLosses) -> dict[str, Any]:
 
 
 def _seed(plan: Plan) -> dict[str, Any]:
-    """Fits, gates and evidence of one seed."""
+    """Fits, gates, leak audit and evidence of one seed."""
     fits, costs = {}, ModelCosts(plan)
     for key, maker in plan.trained.items():
         if "history" in plan.result(maker):
@@ -133,6 +134,7 @@ def _seed(plan: Plan) -> dict[str, Any]:
         "fits": fits,
         "static": static,
         "gates": gates,
+        "audit": audited(plan),
         "evidence": evidence,
         "measured_with": made_with(plan, losses_maker(plan, "test")),
     }

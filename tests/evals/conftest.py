@@ -112,6 +112,13 @@ def seed_facts(seed: int, keys: list[str]) -> dict[str, Any]:
                 "reason": "no difference",
             },
         ],
+        "audit": {
+            "passed": True,
+            "mark": "leak audit passed: A1, A10",
+            "findings": [
+                {"check": name, "title": f"what {name} is about", "verdict": "pass"} for name in ("A1", "A10")
+            ],
+        },
         "evidence": {
             "calibration": {"ece": dict.fromkeys(keys, 0.01 * seed)},
             "other": {"value": 0.25 * seed, "table": {"a": 1, "b": 2}},
@@ -154,7 +161,6 @@ def make_study(
         "seeds": {str(seed): seed_facts(seed, fitted) for seed in seeds},
         "tries": [],
         "test_reads": 1,
-        "audit": "leak audit passed",
     }  # fmt: skip
     content |= copy.deepcopy(facts)
     splits = ("val", "test")

@@ -133,6 +133,23 @@ def test_intervals_are_coloured_by_their_side_of_zero(seen):
     assert [line.get_color() for line in lines[::2]] == [plots.COLOURS[0], plots.COLOURS[1], "#666666"]
 
 
+def test_differences_too_small_to_be_claimed_are_grey_and_near_zero(seen):
+    rows = {"tiny": Interval(-2e-8, -3e-8, -1e-8, 9), "one": Interval(-4e-4, -5e-4, -3e-4, 9)}
+    plots.intervals("x.png", rows, x_label="x", least=5e-4)
+    axes = seen[0].axes[0]
+    assert {line.get_color() for line in axes.get_lines()[1::2]} == {"#666666"}
+    low, high = axes.get_xlim()
+    assert low <= -1e-3
+    assert high >= 1e-3
+    assert axes.get_ylim() == (1.5, -0.5)
+
+
+def test_a_line_chart_can_be_cut_off_above(seen):
+    plots.line_chart("x.png", {"a": ([1, 2], [17.0, 5.0])}, x_label="x", y_label="y", y_most=6.5)
+    low, high = seen[0].axes[0].get_ylim()
+    assert low < 5 < high == 6.5
+
+
 def test_a_bar_has_the_ends_of_its_interval(seen):
     plots.interval_bars("x.png", {"a": Interval(1.0, 0.5, 3.0, 9)}, y_label="y")
     (segment,) = seen[0].axes[0].collections[0].get_segments()

@@ -219,6 +219,8 @@ def test_numbers_of_the_evidence_are_in_its_tables(make_study, found, tmp_path, 
     for value in memory["R1"]["differences"].values():
         assert f"{as_interval(value):+.4f} | {value['verdict']}" in text
     assert "here they are. 62.5% of the tokens see a record." in text
+    assert "| share of the records that are of the questioner's domain | 0.7 |" in text
+    assert "| milliseconds a token, memory off | 1.5 |" in text
     assert "| code | -0.1234 [-0.1734, -0.0734], better |" in text
     assert "measurably beat shuffled ones nowhere" in text
     assert "does not recall" in text
@@ -268,3 +270,8 @@ def test_values_are_shown_with_four_digits():
     report = Report("T")
     generic(report, 3.5, "lone")
     assert report.tables[0].cells() == [["lone", "3.5"]]
+    value = {"by_kind": {"code": {"hits": 2}}, "heads": [{"hits": 1, "of_all": 3}]}
+    generic(report, value, "named", {"hits": "records found", "code": "program text"})
+    _, values, heads = report.tables
+    assert values.cells() == [["by kind, program text, records found", "2"]]
+    assert (heads.title, heads.headers) == ("named: heads", ["records found", "of all"])

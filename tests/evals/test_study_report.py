@@ -17,9 +17,10 @@ from nano_think.evals.report import Report
 from nano_think.evals.study_record import MODELS, StudyRecord
 from nano_think.evals.study_report import study_report, write_study_report
 from nano_think.evals.study_sections import gates, standing
-from nano_think.evals.study_setup import change_our_mind, training
+from nano_think.evals.study_setup import change_our_mind, provenance, question
 from nano_think.evals.study_stages import router_bounds, stage_gains
 from nano_think.evals.study_statistics import StudyStatistics
+from nano_think.evals.study_training import TRIAL, training
 
 COMMITTED = Path(__file__).resolve().parents[2] / "experiments" / "results" / "study"
 RESAMPLES = 2000
@@ -287,7 +288,7 @@ def test_every_fact_of_the_set_up_and_training(drawn):
         assert agree(row[3], [facts["models"][key].get("trained_parameters")], step=0.1)
     names, *trials = found["Tuning record"]
     for trial, row in zip(facts["tuning"], trials, strict=True):
-        assert names == [*(name.replace("_", " ") for name in trial if name != "chosen"), "chosen"]
+        assert names == [*(TRIAL.get(name, name) for name in trial if name != "chosen"), "chosen"]
         for cell, (name, value) in zip(
             row[:-1], ((n, v) for n, v in trial.items() if n != "chosen"), strict=True
         ):
@@ -475,6 +476,72 @@ def test_one_seed_claims_no_knowledge_of_others(make_study, tmp_path):
     assert "the interval leaves out 0, but less than 0.0005 is not claimed" in text
 
 
+def trials_of(family, rates, best, **more):
+    return [
+        {"family": family, "rate": rate, "dropout": None, "horizon": None, "tokens": 100, "val_loss": 5.0,
+         "chosen": rate == best, **more}
+        for rate in rates
+    ]  # fmt: skip
+
+
+def test_a_learning_rate_at_the_edge_of_its_grid_is_said_to_be_there(make_study, tmp_path):
+    tuning = [
+        *trials_of("transformer", (0.003, 0.001, 0.002), 0.003),
+        *trials_of("transformer", (0.003,), 0.003, dropout=0.1),
+        *trials_of("diffuser", (0.1, 0.2, 0.4), 0.2),
+        *trials_of("state_space", (0.1, 0.2), 0.1),
+        *trials_of("equal_training_flops", (0.5,), 0.5),
+        *trials_of("equal_training_flops", (0.5,), 0.5, horizon=0.2),
+    ]
+    settings = {"seeds": [1, 2], "tuning": {"share": 0.2}}
+    text = section(make_study(tuning=tuning, settings=settings), training, tmp_path)
+    assert tables(text)["Where the best learning rate lies"][1:] == [
+        ["transformer", "0.001, 0.002, 0.003", "0.003", "the highest of them"],
+        ["diffuser", "0.1, 0.2, 0.4", "0.2", "between others"],
+        ["state space", "0.1, 0.2", "0.1", "the lowest of them"],
+        ["equal training flops", "0.5", "0.5", "the only one"],
+    ]
+    assert "is the highest that was tried for transformer. A higher one might be better still" in text
+    assert "is the lowest that was tried for state space. A lower one might be better still" in text
+    assert "are judged after runs of 20% of the steps" in text
+    inside = trials_of("diffuser", (0.1, 0.2, 0.4), 0.2)
+    text = section(make_study(tuning=inside), training, tmp_path)
+    assert "that was tried for" not in text
+    assert "are judged after" not in text  # whole runs, or nobody knows
+
+
+def test_fits_that_were_best_long_before_their_end_are_named(make_study, tmp_path):
+    record = make_study()
+    text = section(record, training, tmp_path)
+    assert "Best before" not in text
+    assert "gained nothing" not in text
+    for facts in record.facts["seeds"].values():
+        facts["fits"]["diffuser"]["best_step"] = 0
+        facts["fits"]["transformer"]["best_step"] = 224
+        facts["fits"]["equal_parameters"]["best_step"] = 225
+    text = section(record, training, tmp_path)
+    assert "Training gained nothing in diffuser: no step was better than its start" in text
+    assert "Best before 75% of their steps: transformer (step 224 of 300). A learning rate" in text
+
+
+def test_the_leak_audit_of_each_seed_is_shown(make_study, tmp_path):
+    record = make_study()
+    found = tables(section(record, provenance, tmp_path))
+    assert ["leak audit", "leak audit passed: A1, A10"] in found["What this report comes from"]
+    title = next(title for title in found if title.startswith("Leak audit"))
+    assert found[title][1:] == [["A1", "what A1 is about", "pass"], ["A10", "what A10 is about", "pass"]]
+    del record.facts["seeds"]["1"]["audit"]
+    found = tables(section(record, provenance, tmp_path))
+    said = "seed 1: not recorded; seed 2: leak audit passed: A1, A10"
+    assert ["leak audit", said] in found["What this report comes from"]
+    assert "mean nothing" not in section(record, question, tmp_path)
+    record.facts["seeds"]["2"]["audit"] |= {
+        "passed": False,
+        "mark": "it did not pass: these losses mean nothing",
+    }
+    assert "**Seed 2: it did not pass: these losses mean nothing.**" in section(record, question, tmp_path)
+
+
 def test_a_curve_that_still_falls_is_named(make_study, tmp_path):
     record = make_study()
     assert "a plateau" in section(record, training, tmp_path)
@@ -487,10 +554,10 @@ def test_a_curve_that_still_falls_is_named(make_study, tmp_path):
 
 
 def test_curves_of_a_mixture_begin_where_its_experts_ended(make_study, tmp_path, monkeypatch):
-    drawn = {}
+    drawn, limits = {}, {}
 
-    def keep(path, curves, **_):
-        drawn[path.stem] = curves
+    def keep(path, curves, y_most, **_):
+        drawn[path.stem], limits[path.stem] = curves, y_most
         return path
 
     monkeypatch.setattr(plots, "line_chart", keep)
@@ -499,9 +566,11 @@ def test_curves_of_a_mixture_begin_where_its_experts_ended(make_study, tmp_path,
     total = record.models["fused_7b"]["training_flops"]
     for facts in record.facts["seeds"].values():
         facts["fits"]["fused_7b"] |= {"planned_flops": 4e9, "planned_tokens": 1_200_000}
+        facts["fits"]["fused_7b"]["history"] = [[0, 17.0], *facts["fits"]["fused_7b"]["history"]]
     section(record, training, tmp_path)
     tokens, _ = drawn["curves_tokens"]["fused 7b"]
-    flops, _ = drawn["curves_flops"]["fused 7b"]
+    flops, losses = drawn["curves_flops"]["fused 7b"]
+    assert limits["curves_flops"] == pytest.approx(min(losses) + 1.5)
     np.testing.assert_allclose(tokens, [200_000, 400_000, 600_000])
     np.testing.assert_allclose(flops, total - 4e9 + 4e9 * np.array([1, 2, 3]) / 6)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from nano_think.errors import UserError
 from nano_think.evals.audit.finding import Audit, Finding
 from nano_think.evals.audit.run import CHECKS, UNTRAINED
 from nano_think.phases import audit as phase
+from nano_think.phases import study_audit
 
 FAILED = Finding("A1", "title", "fail", 0.5, 7, "router", "weights")
 
@@ -71,6 +73,44 @@ def test_a_failed_audit_marks_the_losses_or_forbids_them(built, failing, monkeyp
     assert "these losses mean nothing" in (run.dir / "report.md").read_text()
     with pytest.raises(UserError, match=r"audit=require.*A1 fail"):
         built.go("phase=eval", "expert=transformer", "audit=require")
+
+
+@pytest.fixture
+def plan_of(project, monkeypatch):
+    """`plan_of(*overrides)`: a plan of a study whose mixture has its first numbers."""
+
+    def make(*overrides):
+        run = project.new("phase=study", *overrides)
+        model = phase.untrained(run)
+        spec = {"model": phase.network_spec(run)}
+        checkpoint = SimpleNamespace(
+            kind="nano_think", spec=spec, model=model, name="mla_7d", path=run.artifacts
+        )
+        monkeypatch.setattr(study_audit, "load_checkpoint", lambda path, command: checkpoint)
+        maker = SimpleNamespace(recipe=SimpleNamespace(path=lambda root: root), command="")
+        return SimpleNamespace(run=run, trained={"fused_7d": maker}, stages=("7a", "7b", "7c", "7d"))
+
+    return make
+
+
+def test_a_study_audits_its_mixture_in_full_and_once(plan_of, asked):
+    plan = plan_of()
+    found = study_audit.audited(plan)
+    assert found["passed"]
+    assert found["mark"] == "leak audit passed: A1, A10"
+    assert [one["check"] for one in found["findings"]] == ["A1", "A10"]
+    assert all(one["title"] and one["verdict"] == "pass" for one in found["findings"])
+    assert study_audit.audited(plan) == found
+    assert asked == [CHECKS]
+
+
+def test_a_study_says_that_its_mixture_leaks_or_stops(plan_of, failing):
+    found = study_audit.audited(plan_of())
+    assert not found["passed"]
+    assert "did not pass (A1 fail): these losses mean nothing" in found["mark"]
+    assert found["findings"] == [{"check": "A1", "title": "title", "verdict": "fail"}]
+    with pytest.raises(UserError, match=r"audit=require.*A1 fail"):
+        study_audit.audited(plan_of("audit=require"))
 
 
 def test_nothing_is_audited_where_nothing_may_be_built(built, monkeypatch):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from nano_think.errors import UserError
+from nano_think.evals.audit.run import CHECKS
 from nano_think.evals.study_record import MODELS, StudyRecord
 from nano_think.phases import study_fits
 from nano_think.phases.expert import expert_maker
@@ -211,6 +212,9 @@ def test_a_study_leaves_a_whole_record_and_a_report(studied, printed):
     assert record.facts["test_reads"] == 1  # by each seed
     assert record.digest() == studied.result["digest"]
     for seed in (1, 2):
+        audit = record.facts["seeds"][str(seed)]["audit"]
+        assert audit["passed"], audit["mark"]
+        assert [one["check"] for one in audit["findings"]] == list(CHECKS)
         pools = {key: record.of(key, "test", seed).loss() for key in MODELS}
         assert pools["oracle_token"] <= pools["oracle_document"] <= min(pools[name] for name in EXPERTS)
         worst = max(pools[name] for name in EXPERTS)
