@@ -7,17 +7,20 @@ twice the deviation of the study's own model over its seeds, where there are sev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nano_think.evals import plots
+from nano_think.evals.bootstrap import RESOLUTION
 from nano_think.evals.report import Report
 from nano_think.evals.seeds import SeedDifference, difference_over_seeds, seed_deviation
-from nano_think.evals.study_parts import memory
+from nano_think.evals.study_experts import spaces
+from nano_think.evals.study_parts import memory, steps_chart
 from nano_think.evals.study_record import ABLATIONS
-from nano_think.evals.study_sections import DIFFERENCE, label
+from nano_think.evals.study_sections import COLOURS, DIFFERENCE, label
 from nano_think.evals.study_statistics import EXPERTS, StudyStatistics
+from nano_think.evals.study_values import Values, as_interval, number, table
 
 # The row of a mixture whose memory is looked away from.
 OFF = "without memory"
@@ -83,18 +86,16 @@ def _section(report: Report, tried: Tried, folder: Path) -> None:
             for name, d in differences.items()
         },
         x_label="ablation minus what it is compared with (nats per token); left is better",
+        least=RESOLUTION,
     )
-    report.figure(
-        path,
-        "Paired differences on validation with 95% intervals over documents: blue where the interval lies "
-        "below 0, red where it lies above, grey where it holds 0.",
-    )
+    report.figure(path, f"Paired differences on validation with 95% intervals over documents: {COLOURS}")
     _elsewhere(report, tried, differences)
     _experts(report, tried)
     _fits(report, tried)
     for name, facts in tried.facts.items():
         if "memory" in facts:
             _memory(report, tried, name, folder)
+        _evidence(report, tried, name, folder)
 
 
 def _table(report: Report, tried: Tried, differences: Mapping[str, SeedDifference]) -> None:
@@ -214,3 +215,47 @@ def _memory(report: Report, tried: Tried, name: str, folder: Path) -> None:
     )  # fmt: skip
     report.text(f"What the memory of {called} is worth, as for that of the study:")
     memory(report, facts["memory"], folder / name)
+
+
+def _evidence(report: Report, tried: Tried, name: str, folder: Path) -> None:
+    """What an ablation was asked beside its losses, where there is an answer."""
+    found = tried.facts[name].get("evidence", {})
+    if (value := found.get("spaces")) and "reason" not in value:
+        report.text(f"Whether the experts of {tried.called(name)} share a space, as for those of the study:")
+        spaces(report, value, folder / name)
+    if value := found.get("steps_curve"):
+        _steps(report, tried, name, value, folder / name)
+
+
+def _steps(report: Report, tried: Tried, name: str, value: Values, folder: Path) -> None:
+    """What denoising steps are worth to its diffuser, beside that of the study, on the same tokens."""
+    denoiser = tried.stats.record.seeds[tried.seed].get("evidence", {}).get("denoiser", {})
+    curves = {f"{tried.called(name)} ({value['target']})": value}
+    if own := denoiser.get("steps_curve"):
+        curves = {f"the study's own ({own['target']})": own, **curves}
+    path = steps_chart(folder / "denoising_loss.png", curves)
+    report.figure(path, f"Loss by number of denoising steps, {' and '.join(curves)}.")
+    by_steps = {who: {entry["steps"]: entry for entry in one["curve"]} for who, one in curves.items()}
+    rows = [
+        [
+            steps,
+            *(
+                entries.get(steps, {}).get(n)
+                for entries in by_steps.values()
+                for n in ("loss", "minus_one_step")
+            ),
+        ]
+        for steps in sorted({steps for entries in by_steps.values() for steps in entries})
+    ]
+    headers = ["steps", *(text for who in curves for text in (f"loss of {who}", "minus one step"))]
+    title = f"Denoising steps of {tried.called(name)} (nats/token), {value['tokens']:,} tokens"
+    report.table(table(headers, rows, title, ["", *[".4f", "+.4f"] * len(curves)]))
+    report.text(" ".join(_best_steps(who, one["curve"]) for who, one in curves.items()))
+
+
+def _best_steps(who: str, curve: Sequence[Values]) -> str:
+    """With how many steps a diffuser does best, and what the most of them do to it."""
+    best = min(curve, key=lambda entry: number(entry["loss"]["estimate"]))
+    most = as_interval(curve[-1]["minus_one_step"])
+    changed = f"K = {curve[-1]['steps']} minus K = {curve[0]['steps']} is {most:+.4f}"
+    return f"Lowest loss of {who} with K = {best['steps']}; {changed}."

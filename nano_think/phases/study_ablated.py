@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nano_think.artifacts.checkpoint import load_checkpoint
+from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint
 from nano_think.artifacts.memory import load_memory
+from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.evals.forgetting import stand_alone
-from nano_think.evals.losses import DocumentLosses, NllFunction, evaluate_models
+from nano_think.evals.losses import Batch, DocumentLosses, NllFunction, evaluate_models
 from nano_think.evals.pools import SharedForward, lone_expert
 from nano_think.evals.study_record import ABLATIONS, StudyLosses, StudyRecord
 from nano_think.files import write_json
@@ -21,7 +22,7 @@ from nano_think.phases.data import data_module
 from nano_think.phases.mla import stages_of
 from nano_think.phases.run import Maker
 from nano_think.phases.study_ablations import AGAIN, Ablated, Ablation, changed_experts
-from nano_think.phases.study_evidence import memory_evidence
+from nano_think.phases.study_evidence import memory_evidence, spaces_evidence, steps_evidence
 from nano_think.phases.study_fits import make_all
 from nano_think.phases.study_measure import BATCH_ROWS, losses_maker
 from nano_think.phases.study_models import ModelCosts
@@ -40,10 +41,13 @@ def ablation_maker(plan: Plan, ablation: Ablation) -> Maker:
     """
     ablated = Ablated(plan, ablation.overrides, ablation.stage)
     spec = {"rows": plan.settings["rows"], "stage": ablation.stage, "alone": changed_experts(plan, ablated)}
+    if ablation.evidence:
+        spec |= {"evidence": list(ablation.evidence), "tokens": plan.settings["evidence_tokens"]}
     needs = {"shards": plan.shards, **ablated.trained}
 
     def build(path: Path) -> dict[str, Any]:
         losses = _measure(plan, ablated, spec["alone"], path)
+        _find_out(plan, ablated, ablation.evidence, path)
         for key, value in losses.items():
             value.save(path / f"{key}.npz")
         return {"rows": list(losses)}
@@ -51,15 +55,41 @@ def ablation_maker(plan: Plan, ablation: Ablation) -> Maker:
     return Maker("study_ablation", spec, build, needs, plan.run.command(phase="study"))
 
 
+def _load(plan: Plan, maker: Maker) -> Checkpoint:
+    return load_checkpoint(maker.recipe.path(plan.run.artifacts), maker.command)
+
+
+def _validation(plan: Plan) -> tuple[TokenDataModule, list[Batch]]:
+    data = data_module(plan.run, plan.shards, BATCH_ROWS, "expert_train")
+    return data, list(data.dataloader("validation", rows=plan.settings["rows"]))
+
+
+def _find_out(plan: Plan, ablated: Ablated, topics: Sequence[str], path: Path) -> None:
+    """Write what the ablation is asked beside its losses, a file a topic, on the tokens that the study's own read.
+
+    The diffuser whose steps are counted is the expert as it was pre-trained.
+    """
+    if not topics:
+        return
+    (data, batches), tokens = _validation(plan), plan.settings["evidence_tokens"]
+
+    def steps() -> dict[str, Any]:
+        network, teacher = (_load(plan, ablated.trained[name]).model for name in ("diffuser", "transformer"))
+        return steps_evidence(network, teacher, batches, tokens)
+
+    known: dict[str, Callable[[], dict[str, Any]]] = {
+        "spaces": lambda: spaces_evidence(_load(plan, ablated.model), batches, data.domains, tokens),
+        "steps_curve": steps,
+    }
+    for topic in topics:
+        write_json(path / f"{topic}.json", known[topic]())
+
+
 def _measure(plan: Plan, ablated: Ablated, alone: Sequence[str], path: Path) -> dict[str, DocumentLosses]:
     """Losses of the model, `OFF` and experts alone; writes what its memory is worth beside them."""
-
-    def load(maker: Maker) -> Any:
-        return load_checkpoint(maker.recipe.path(plan.run.artifacts), maker.command)
-
-    checkpoint, before = load(ablated.model), load(dict(stages_of(ablated.model))["7b"]).model
-    data = data_module(plan.run, plan.shards, BATCH_ROWS, "expert_train")
-    batches = list(data.dataloader("validation", rows=plan.settings["rows"]))
+    checkpoint = _load(plan, ablated.model)
+    before = _load(plan, dict(stages_of(ablated.model))["7b"]).model
+    data, batches = _validation(plan)
     memory = load_memory(checkpoint.path / "memory") if ablated.last == "7d" else None
     slots = None if memory is None else memory.slots
     models: dict[str, NllFunction] = {"model": SharedForward(checkpoint.model, slots).fused()}
@@ -170,4 +200,7 @@ def _facts(plan: Plan, ablation: Ablation, maker: Maker, folder: Path) -> dict[s
     if ablation.stage == "7d":
         found["flops_without_memory"] = ablated.costs.inference_flops(ablated.costs.mixture())
         found["memory"] = json.loads((folder / MEMORY_FILE).read_text(encoding="utf-8"))
+    for topic in ablation.evidence:
+        text = (folder / f"{topic}.json").read_text(encoding="utf-8")
+        found["evidence"] = {**found.get("evidence", {}), topic: json.loads(text)}
     return found

@@ -1,6 +1,7 @@
 """What else a study tries on its first seed: the mixture with one thing changed, and the mixture at other widths.
 
-    study.ablations.name: {what: one line, overrides: [model.fusion.space=prob], stage: 7c, against: null}
+    study.ablations.name:
+      {what: one line, overrides: [model.fusion.space=prob], stage: 7c, against: null, evidence: [spaces]}
 
 The overrides are what one would type. They reach the experts too, so an ablation shares with the study whatever
 they leave as it is, by hash. A width changes `size.d_model` and with it heads, feed-forward and inner dimensions;
@@ -41,7 +42,8 @@ class Ablation:
     """A mixture that differs from the study's own.
 
     what: one line for the report. overrides: checked. stage: the one that is measured, `7c` or `7d`. against: the
-    ablation that it is compared with; None for the study's own model of that stage.
+    ablation that it is compared with; None for the study's own model of that stage. evidence: some of
+    `study_settings.EVIDENCE`, what it is asked beside its losses.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Ablation:
     overrides: tuple[str, ...]
     stage: str = "7c"
     against: str | None = None
+    evidence: tuple[str, ...] = ()
 
 
 class Ablated(Plan):
@@ -120,7 +123,8 @@ def changed_experts(plan: Plan, ablated: Ablated) -> list[str]:
 def _ablation(plan: Plan, name: str, asked: Mapping[str, Any]) -> Ablation:
     with _named(name):
         overrides = checked_additions(asked["overrides"], plan.run.cfg, ENTRY.parent)
-    return Ablation(name, asked["what"], tuple(overrides), asked.get("stage") or "7c", asked.get("against"))
+    stage, evidence = asked.get("stage") or "7c", tuple(asked.get("evidence", ()))
+    return Ablation(name, asked["what"], tuple(overrides), stage, asked.get("against"), evidence)
 
 
 def _check(plan: Plan, shards: Shards, ablation: Ablation) -> None:

@@ -28,10 +28,12 @@ from nano_think.evals.spaces import shared_spaces
 from nano_think.evals.specialisation import specialisation
 from nano_think.evals.tokens import collect_tokens, sample_documents, token_classes
 from nano_think.files import write_json
+from nano_think.model import ExpertLM
 from nano_think.phases.run import Maker
 from nano_think.phases.study_measure import Measured
 from nano_think.phases.study_plan import EXPERTS, SINGLE, Plan
 from nano_think.tasks.denoise import denoising_targets
+from nano_think.tokenizer import Tokenizer
 
 # Longest context that is tried, in lengths of training; tokens of a prompt, a draft and a gap.
 LENGTHS = (1, 2, 4, 8)
@@ -51,10 +53,9 @@ class Evidence:
         self.fused = measured.checkpoints["fused_7c"].model
         self.domains = measured.data.domains
         self.tokenizer = measured.checkpoints["transformer"].tokenizer
-        vocabulary = range(self.tokenizer.vocab_size)
-        self.classes = token_classes([self.tokenizer.token_bytes(token) for token in vocabulary])
+        self.classes = classes_of(self.tokenizer)
         self.batches = measured.batches("validation", measured.plan.settings["rows"])
-        self.sample = sample_documents(self.batches, tokens, max_per_document=MAX_PER_DOCUMENT)
+        self.sample = sample_of(self.batches, tokens)
 
     def topics(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """What is looked into, by name, in the order of the report."""
@@ -86,12 +87,12 @@ class Evidence:
 
     def spaces(self) -> dict[str, Any]:
         """Whether the experts speak one language: CKA and linear probes, entry adaptors on and off."""
-        return plain(_or_reason(lambda: shared_spaces(self.fused, self.sample, self.classes, self.domains)))
+        fused = self.measured.checkpoints["fused_7c"]
+        return spaces_evidence(fused, self.batches, self.domains, self.tokens)
 
     def denoiser(self) -> dict[str, Any]:
         """Denoising steps, restoration, drafts and gaps."""
         network, teacher = self._alone("diffuser"), self._alone("transformer")
-        few = sample_documents(self.batches, self.tokens // 10, max_per_document=MAX_PER_DOCUMENT)
         read = [torch.from_numpy(tokens.astype("int64")) for tokens, _ in self.measured.read_by_experts()]
         counts = torch.bincount(torch.cat(read), minlength=self.tokenizer.vocab_size)
 
@@ -104,7 +105,7 @@ class Evidence:
             return infilling(network, teacher, texts, counts, span=SPAN, right=RIGHT)
 
         return plain({
-            "steps_curve": steps_curve(network, teacher, few),
+            "steps_curve": steps_evidence(network, teacher, self.batches, self.tokens),
             "restoration": restoration(network, partial(denoising_targets, network, teacher), self.sample),
             "block_drafts": _or_reason(drafts),
             "infilling": _or_reason(gaps),
@@ -143,6 +144,29 @@ class Evidence:
 
     def _alone(self, name: str) -> Any:
         return self.measured.checkpoints[name].model
+
+
+def classes_of(tokenizer: Tokenizer) -> Any:
+    """The class of every token of a vocabulary, (V,)."""
+    return token_classes([tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)])
+
+
+def sample_of(batches: list[Batch], tokens: int) -> list[Batch]:
+    """About so many tokens, of many documents; the same of the same batches."""
+    return sample_documents(batches, tokens, max_per_document=MAX_PER_DOCUMENT)
+
+
+def spaces_evidence(
+    checkpoint: Checkpoint, batches: list[Batch], domains: list[str], tokens: int
+) -> dict[str, Any]:
+    """Whether the experts of a mixture share a space, with adaptors at their entry and without."""
+    classes, sample = classes_of(checkpoint.tokenizer), sample_of(batches, tokens)
+    return plain(_or_reason(lambda: shared_spaces(checkpoint.model, sample, classes, domains)))
+
+
+def steps_evidence(network: ExpertLM, teacher: ExpertLM, batches: list[Batch], tokens: int) -> dict[str, Any]:
+    """What denoising steps are worth to a diffuser alone, on a tenth of the tokens: a hundred passes take long."""
+    return plain(steps_curve(network, teacher, sample_of(batches, tokens // 10)))
 
 
 def memory_evidence(

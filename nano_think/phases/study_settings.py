@@ -11,6 +11,10 @@ from nano_think.data.sampler import DomainSampler, mixing_shares, row_limits
 from nano_think.data.shards import Shards
 from nano_think.errors import UserError
 
+# What an ablation can be asked beside its losses, as the study's own models are: whether its experts share a
+# space, and what denoising steps are worth to its diffuser.
+EVIDENCE = ("spaces", "steps_curve")
+
 
 def check_text(shards: Shards, settings: Mapping[str, Any], loader: Mapping[str, Any], seq_len: int) -> None:
     """Raise UserError where a split holds less text than the models are to read of it.
@@ -81,15 +85,17 @@ def check_ablations(settings: Mapping[str, Any]) -> None:
                 f"{where}: a name has small letters, digits and underscores, and begins with neither again_ nor "
                 "width_"
             )
-        known = {"what": str, "overrides": list, "stage": str | None, "against": str | None}
+        known = {"what": str, "overrides": list, "stage": str | None, "against": str | None, "evidence": list}
         wrong = not isinstance(one, dict) or not {"what", "overrides"} <= one.keys() <= known.keys()
         if wrong or any(not isinstance(one[key], known[key]) for key in one) or not one["overrides"]:
             raise UserError(
-                f"{where} has what (one line), overrides (a list of key=value), perhaps stage and against, and "
-                "nothing else"
+                f"{where} has what (one line), overrides (a list of key=value), perhaps stage, against and "
+                "evidence (a list), and nothing else"
             )
         if bad := [line for line in one["overrides"] if not isinstance(line, str) or "=" not in line]:
             raise UserError(f"{where}: {bad[0]!r} is not a setting: write key=value")
+        if bad := [topic for topic in one.get("evidence", []) if topic not in EVIDENCE]:
+            raise UserError(f"{where}: evidence {bad[0]!r} is not one of {', '.join(EVIDENCE)}")
         if one.get("stage") not in (None, "7c", "7d"):
             raise UserError(f"{where}: stage={one['stage']} is not one of 7c, 7d")
         if (against := one.get("against")) is not None and (against == name or against not in asked):

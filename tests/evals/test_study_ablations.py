@@ -12,8 +12,9 @@ from nano_think.errors import UserError
 from nano_think.evals import plots
 from nano_think.evals.bootstrap import RESOLUTION
 from nano_think.evals.losses import DocumentLosses
-from nano_think.evals.report import Report
+from nano_think.evals.report import Report, plain
 from nano_think.evals.seeds import seed_deviation
+from nano_think.evals.spaces import CKA_VARIANT, States, compare_spaces
 from nano_think.evals.study_ablations import ablations
 from nano_think.evals.study_record import StudyRecord
 from nano_think.evals.study_report import write_study_report
@@ -123,6 +124,67 @@ def test_memory_is_shown_off_and_on_with_its_compute(make_study, with_ablations,
     assert on[5] == pytest.approx((off[2] - on[2]) / 1e-3)
     assert on[4] == "better"
     assert "Are retrieved records of the reader's own domain more often than by chance?" in tables
+
+
+def curve(target, *losses):
+    """Losses of 1, 2, 4, ... denoising steps, as `steps_curve` gives them."""
+
+    def interval(value):
+        return {"estimate": value, "low": value - 0.1, "high": value + 0.1, "documents": 9}
+
+    rows = [
+        {"steps": 2**i, "loss": interval(loss), "minus_one_step": interval(loss - losses[0])}
+        for i, loss in enumerate(losses)
+    ]
+    return {"target": target, "tokens": 400, "documents": 9, "teacher_loss": interval(4.0), "curve": rows}
+
+
+def test_denoising_steps_stand_beside_those_of_the_study(make_study, with_ablations, drawn, monkeypatch):
+    lines = {}
+    monkeypatch.setattr(plots, "line_chart", lambda path, curves, **_: lines.update(curves) or path)
+    record = with_ablations(make_study())
+    facts = record.facts["seeds"]["1"]
+    facts["ablations"]["prob"]["evidence"] = {"steps_curve": curve("next_embed", 5.5, 5.25, 6.0)}
+    title = "Denoising steps of prob (nats/token), 400 tokens"
+    alone = drawn(record)[0][title]
+    assert alone.headers == ["steps", "loss of prob (next_embed)", "minus one step"]
+    facts["evidence"]["denoiser"] = {"steps_curve": curve("hidden_same", 5.0, 5.125)}
+    tables, text, _ = drawn(record)
+    zero = "+0.0000 [-0.1000, +0.1000]"
+    assert tables[title].cells() == [
+        ["1", "5.0000 [4.9000, 5.1000]", zero, "5.5000 [5.4000, 5.6000]", zero],
+        ["2", "5.1250 [5.0250, 5.2250]", "+0.1250 [+0.0250, +0.2250]",
+         "5.2500 [5.1500, 5.3500]", "-0.2500 [-0.3500, -0.1500]"],
+        ["4", "–", "–", "6.0000 [5.9000, 6.1000]", "+0.5000 [+0.4000, +0.6000]"],
+    ]  # fmt: skip
+    assert "Lowest loss of the study's own (hidden_same) with K = 1; K = 2 minus K = 1 is +0.1250 [" in text
+    assert "Lowest loss of prob (next_embed) with K = 2; K = 4 minus K = 1 is +0.5000 [" in text
+    assert lines["prob (next_embed)"] == ([1, 2, 4], [5.5, 5.25, 6.0])
+    assert lines["the study's own (hidden_same)"] == ([1, 2], [5.0, 5.125])
+    assert lines["Transformer (its teacher)"] == ([1, 2], [4.0, 4.0])
+
+
+def test_the_spaces_of_a_mixture_built_without_adaptors_are_shown(
+    make_study, with_ablations, drawn, tmp_path
+):
+    rng = np.random.default_rng(0)
+    rows = np.arange(40)
+    shape = {"document": rows // 4, "domain": rows % 2, "token_class": rows % 3}
+    states = States({name: rng.normal(size=(40, 3)) for name in ("input", "b")}, {"b": 5.4321}, **shape)
+    value = {
+        "tokens": 40, "documents": 10, "spaces": ["input", "b"], "cka_variant": CKA_VARIANT,
+        "adaptor_distance": {},
+        "without_adaptors": compare_spaces(states, 1e-3, n_resamples=20, seed=0),
+    }  # fmt: skip
+    record = with_ablations(make_study())
+    record.facts["seeds"]["1"]["ablations"]["prob"]["evidence"] = {"spaces": plain(value)}
+    tables, text, _ = drawn(record)
+    assert "Whether the experts of prob share a space, as for those of the study:" in text
+    cka = value["without_adaptors"]["cka"]["input"]["b"]
+    assert rows_of(tables["CKA, without adaptors"])["input"]["b"] == pytest.approx(cka)
+    assert "Adaptors" not in tables
+    assert not any("with adaptors" in title for title in tables)
+    assert (tmp_path / "prob" / "cka_without_adaptors.png").is_file()
 
 
 def test_another_machine_is_named_and_its_own_difference_shown(make_study, with_ablations, drawn):

@@ -16,7 +16,12 @@ from nano_think.phases.study_ablated import run_ablations
 from nano_think.phases.study_ablations import Ablated, ablations
 from nano_think.phases.study_plan import EXPERTS, Plan
 
-LIMITS = ("study.expert_tokens=6400", "study.fusion_tokens=1600", "study.rows=4")
+LIMITS = (
+    "study.expert_tokens=6400",
+    "study.fusion_tokens=1600",
+    "study.rows=4",
+    "study.evidence_tokens=1000",
+)
 SHORT = tuple(f"++training.{name}.max_steps=4" for name in EXPERTS)
 SHORT += tuple(f"++training.mla.stage_{stage}.max_steps=3" for stage in ("7b", "7c", "7d"))
 UNFROZEN = "unfrozen: {what: experts learn too, overrides: ['training.mla.unfreeze=all']}"
@@ -25,6 +30,8 @@ BY_TOKEN = (
     "'model.retrieval.granularity=token', 'model.retrieval.chunk=4', 'model.retrieval.k=2', "
     "'training.mla.memory_dropout=0']}"
 )
+BARE = "bare: {what: no adaptors, evidence: [spaces, steps_curve], overrides: ["
+BARE += ", ".join(f"'experts.{name}.adaptor=false'" for name in EXPERTS) + "]}"
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +72,9 @@ def record_of(plan, out, last):
 def measured(tmp_path_factory, shared_project):
     """(project, digest): a study's mixture and its ablations in one folder."""
     with shared_project(tmp_path_factory.mktemp("ablated")) as project:
-        plan, found = planned(project, f"study.ablations={{{UNFROZEN}, {BY_TOKEN}}}", "study.widths=[48]")
+        plan, found = planned(
+            project, f"study.ablations={{{UNFROZEN}, {BY_TOKEN}, {BARE}}}", "study.widths=[48]"
+        )
         out = project.root / "study"
         record_of(plan, out, "7d")
         with pytest.MonkeyPatch.context() as patch:
@@ -81,8 +90,8 @@ def test_the_record_has_every_ablation_with_its_losses(measured):
     record = StudyRecord.load(project.root / "study")
     assert record.digest() == digest
     tried = record.facts["seeds"]["1"]["ablations"]
-    assert list(tried) == record.facts["planned_ablations"] == ["unfrozen", "by_token", "width_48"]
-    alone = [f"{name}/{expert}" for name in ("unfrozen", "width_48") for expert in EXPERTS]
+    assert list(tried) == record.facts["planned_ablations"] == ["unfrozen", "by_token", "bare", "width_48"]
+    alone = [f"{name}/{expert}" for name in ("unfrozen", "bare", "width_48") for expert in EXPERTS]
     rows = record.losses["ablations", 1].models
     assert sorted(rows) == sorted([*tried, "by_token/without memory", *alone])
     for name in tried:
@@ -108,6 +117,22 @@ def test_memory_is_measured_off_and_on(measured):
     assert tried["inference_flops_per_token"] > tried["flops_without_memory"]
 
 
+def test_a_mixture_without_adaptors_is_smaller_and_asked_what_it_is_asked(measured):
+    project, _ = measured
+    plan, _ = planned(project)
+    seed = StudyRecord.load(project.root / "study").facts["seeds"]["1"]
+    bare, width = seed["ablations"]["bare"], plan.run.cfg.size.d_model
+    own = plan.costs.parameters(plan.costs.mixture())
+    assert own - bare["parameters"] == len(EXPERTS) * width**2
+    assert bare["evidence"].keys() == {"spaces", "steps_curve"}
+    spaces, steps = bare["evidence"]["spaces"], bare["evidence"]["steps_curve"]
+    assert spaces["adaptor_distance"] == {}
+    assert spaces["without_adaptors"]["cka"].keys() == {"input", *EXPERTS}
+    assert "with_adaptors" not in spaces
+    assert [entry["steps"] for entry in steps["curve"]] == [1, 2, 5, 10, 25, 50, 100]
+    assert "evidence" not in seed["ablations"]["unfrozen"]
+
+
 def test_a_width_takes_the_flops_of_the_study(measured):
     project, _ = measured
     plan, _ = planned(project)
@@ -123,6 +148,8 @@ def test_the_report_is_drawn_from_it(measured):
     assert "## What else was tried" in text
     assert "Memory of by token: loss by compute" in text
     assert (out / "figures" / "by_token" / "planted.png").is_file()
+    assert (out / "figures" / "bare" / "cka_without_adaptors.png").is_file()
+    assert (out / "figures" / "bare" / "denoising_loss.png").is_file()
 
 
 def forget(plan, *more):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from nano_think.errors import UserError
 from nano_think.phases.data import load_shards, shards_maker
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.mla import mla_maker
+from nano_think.phases.study_ablated import ablation_maker
 from nano_think.phases.study_ablations import Ablated, ablations, changed_experts
 from nano_think.phases.study_plan import EXPERTS, Plan
 
@@ -103,6 +106,17 @@ def test_overrides_reach_the_fits_that_they_name_and_no_other(planned):
     assert trained["next_embed"]["diffuser"].spec["network"]["target"] == "next_embed"
     assert trained["unfreeze"]["fused_7c"].spec["unfreeze"] == "adapters"
     assert trained["unfreeze"]["fused_7b"].recipe.hash == own.trained["fused_7b"].recipe.hash
+
+
+def test_what_an_ablation_is_asked_is_part_of_it_only_where_it_is_asked(planned):
+    """Records of before keep their ablations."""
+    own, found = planned
+    ablation = found["next_embed"][0]
+    plain = ablation_maker(own, ablation)
+    assert plain.spec.keys() == {"rows", "stage", "alone"}
+    asked_more = ablation_maker(own, dataclasses.replace(ablation, evidence=("steps_curve",)))
+    assert asked_more.spec == {**plain.spec, "evidence": ["steps_curve"], "tokens": 40_000}
+    assert asked_more.needs["fused_7c"].recipe.hash == plain.needs["fused_7c"].recipe.hash
 
 
 @pytest.mark.slow

@@ -76,6 +76,12 @@ def test_widths_and_ablations_that_are_none_are_refused(path, value):
         ("prob", {"overrides": []}, "and nothing else"),
         ("prob", {"why": "it helps"}, "and nothing else"),
         ("prob", {"overrides": ["model.fusion.space"]}, "'model.fusion.space' is not a setting"),
+        ("prob", {"evidence": "spaces"}, "and nothing else"),
+        (
+            "prob",
+            {"evidence": ["spaces", "denoiser"]},
+            "evidence 'denoiser' is not one of spaces, steps_curve",
+        ),
         ("prob", {"stage": "7b"}, "stage=7b is not one of 7c, 7d"),
         ("prob", {"against": "prob"}, "against=prob is no other ablation"),
         ("prob", {"against": "other"}, "against=other is no other ablation"),
