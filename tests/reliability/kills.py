@@ -53,7 +53,8 @@ def often(prefix: str = "", steps: int = STEPS) -> list[str]:
 
 PREREQUISITES = (*often("prereq.expert.", 6), *often("prereq.mla.", 6))
 # A place is passed at most so often before the kill; between two saved states a checkpoint's four times.
-MOST = {"validation": 1, "anywhere": 6, "shards": 14, "corpus": 10, "tokenizer": 5, "store": 6, "report": 16}
+MOST = {"validation": 1, "last step": 3, "anywhere": 6, "shards": 14, "corpus": 10, "tokenizer": 5}
+MOST |= {"store": 6, "report": 16}
 TRAINING = {"checkpoint": 9, "validation": 4, "anywhere": 4}
 ENDING = ({"last step": 3}, {"artefact": 3}, {"published": 2}, {"manifest": 1})
 
@@ -282,15 +283,16 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     named = {chain.name: chain for chain in CHAINS}
     chains = [SHORT] if options.short else [named[name] for name in options.only or named]
-    before = outcomes(out, commit)
-    seed, done = options.seed, list(before.values())
+    seed, failed = options.seed, list[str]()
     while True:
         for chain in chains:
-            if (chain.name, seed) not in before:
-                done.append(worker(out, chain, seed, commit))
-                print(done[-1].line(), flush=True)
+            # looked up each time, as several processes may share the chains
+            if (chain.name, seed) not in outcomes(out, commit):
+                outcome = worker(out, chain, seed, commit)
+                failed += [outcome.line()] * bool(outcome.trouble)
+                print(outcome.line(), flush=True)
+        done = outcomes(out, commit).values()
         kills = [kill for outcome in done for kill in outcome.kills]
-        failed = [outcome.line() for outcome in done if outcome.trouble]
         if failed or options.short or options.only or enough(kills, options.kills):
             break
         seed += 1
