@@ -221,7 +221,7 @@ def _check_needs(values: Mapping[str, Any]) -> None:
     """Raise UserError for experts that need what there is not, or each other in a circle."""
     needs = {name: _select(values, f"training.{name}.needs") for name in values["experts"]}
     for name, needed in needs.items():
-        if not isinstance(needed, list) or any(other not in needs for other in needed):
+        if not isinstance(needed, list) or any(other not in list(needs) for other in needed):
             raise UserError(f"training.{name}.needs={short(needed)} must be a list of {', '.join(needs)}")
     done: set[str] = set()
     while ready := [name for name, needed in needs.items() if name not in done and done.issuperset(needed)]:
@@ -238,11 +238,13 @@ def _check_networks(values: Mapping[str, Any]) -> None:
 
     names = values["expert"]["names"]
     parts = {f"experts.{name}": values["experts"][name] for name in values["experts"]}
-    parts["model.mla"] = {**values["model"]["mla"], "memory": values["model"]["retrieval"]["k"] > 0}
-    parts["model.router"] = {**values["model"]["router"], "num_experts": len(names)}
+    parts |= {path: _select(values, path) for path in ("model.mla", "model.router")}
+    supplied: dict[str, dict[str, int]] = {"model.router": {"num_experts": len(names)}}
+    supplied["model.mla"] = {"memory": values["model"]["retrieval"]["k"] > 0}
     for path, spec in parts.items():
         if not isinstance(spec, Mapping) or "_target_" not in spec:
             raise UserError(f"{path}={short(spec)} describes no network: it must name a class by _target_")
+        spec = {**spec, **supplied.get(path, {})}
         for where, value in _whole_numbers(spec, path):
             key = where.rsplit(".", 1)[-1]
             most = MOST_LAYERS if key == "num_layers" else MOST

@@ -72,6 +72,7 @@ CASES = [
     ("training.transformer.needs", ["diffuser"]),
     ("training.transformer.needs", ["nobody"]),
     ("training.transformer.needs", "transformer"),
+    ("training.transformer.needs", [["diffuser"]]),
     ("training.mla.memory_dropout", 1.5),
     ("training.mla.unfreeze", "some"),
     ("training.mla.cache.mode", "on"),
@@ -140,6 +141,9 @@ CASES = [
     ("study.seeds", [1, 1]),
     ("study.tuning.share", 2),
     ("study.tuning.factors", 1),
+    ("model.mla", ...),
+    ("model.mla", 7),
+    ("model.router", ...),
     ("tokenizer.vocab_size", 258),
     ("tokenizer.kind", "bytes"),
 ]
