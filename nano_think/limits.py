@@ -290,12 +290,17 @@ def _check_steps(values: Mapping[str, Any]) -> None:
 STUDY = {"expert_tokens": 1, "fusion_tokens": 1, "evidence_tokens": 10, "pool": 2, "workers": 1, "rows": 1}
 
 
+TUNING = ("factors", "fusion_factors", "dropouts", "horizons", "share")
+
+
 def check_study(settings: Mapping[str, Any]) -> None:
     """Raise UserError for values of the `study` node that mean nothing."""
     for key, least in STUDY.items():
         value = _select({"study": settings}, f"study.{key}")
         if not Whole(least, 2**48, none=key == "rows").takes(value):
             raise UserError(f"study.{key}={short(value)} is not a whole number of at least {least}")
+    for key in ("seeds", *(f"tuning.{name}" for name in TUNING)):
+        _select({"study": settings}, f"study.{key}")  # that it is there
     seeds = settings["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(SEED.takes(seed) for seed in seeds):
         raise UserError(f"study.seeds={seeds} names no seeds: give whole numbers from 0 on, as [1, 2, 3]")
