@@ -161,6 +161,7 @@ def test_nan_stays_nan() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_a_compiler_the_same_values(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     tensors, first = inputs(dtype), first_of()
     fast = with_gradients(attention, tensors, first=first)
     monkeypatch.setattr(attention_cpp, "load_library", lambda: None)
@@ -177,6 +178,7 @@ def test_only_what_the_kernel_takes_reaches_it(monkeypatch) -> None:
         watched = partial(lambda way, function, *a: calls.append(way) or function(*a), way, function)
         monkeypatch.setattr(where, function.__name__, watched)
     q, k, v, _ = inputs(torch.float32)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for dtype, way in ((torch.float32, "tiles"), (torch.bfloat16, "tiles"), (torch.float64, "blocks")):
         attention(q.to(dtype), k.to(dtype), v.to(dtype), causal=True)
         assert calls.pop() == way
