@@ -87,15 +87,7 @@ class LateLogprobs:
             return
         logits = self._step.read_out(torch.stack(self._hidden)).index_fill_(-1, self._banned, -math.inf)
         tokens, values = torch.tensor(self._tokens), torch.empty(len(logits), dtype=torch.float64)
-        load_library().token_logprobs(
-            *(
-                logits.data_ptr(),
-                *logits.shape,
-                logits.stride(0),
-                tokens.data_ptr(),
-                values.data_ptr(),
-                threads(),
-            )
-        )
+        described = logits.data_ptr(), *logits.shape, logits.stride(0)
+        load_library().token_logprobs(*described, tokens.data_ptr(), values.data_ptr(), threads())
         self._logprobs[-len(tokens) :] = values.tolist()
         self._hidden, self._tokens = [], []

@@ -68,9 +68,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         manifest = read_json(path)
         if isinstance(manifest, dict) and _is_sound(manifest):
-            json.dumps(
-                manifest, ensure_ascii=False
-            ).encode()  # half a surrogate pair could not be written again
+            # half a surrogate pair could not be written again
+            json.dumps(manifest, ensure_ascii=False).encode()
             return manifest
     return {}
 
