@@ -61,6 +61,7 @@ class SampleTexts(L.Callback):
                 self.config,
                 eos_id=self.tokenizer.eos_id,
                 banned_ids=(self.tokenizer.bos_id, self.tokenizer.pad_id),
+                logprobs=False,
             )
             text = f"{self.tokenizer.decode(prompt)} ⟶ {self.tokenizer.decode(made.tokens[0])}"
             log_text(trainer, f"samples/{name}", text)

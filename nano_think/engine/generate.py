@@ -62,7 +62,8 @@ class Generation:
     """What `generate` produced, one entry a row.
 
     tokens: generated ids, with the end token where it was reached.
-    logprobs: natural log-probability of each generated token, before temperature, top-k and top-p.
+    logprobs: natural log-probability of each generated token, before temperature, top-k and top-p; empty where
+    they were not asked for.
     weights: (n, N) routing weights at the positions that predicted the generated tokens, or None.
     prompt_weights: (P, N) routing weights at the prompt's positions; the last predicts the first new token.
     """
@@ -89,6 +90,7 @@ def generate(
     options: Mapping[str, Any] | None = None,
     native: bool | None = None,
     precision: Precision = "fp32",
+    logprobs: bool = True,
 ) -> Generation:
     """Continue every prompt by up to max_new_tokens tokens; a row stops at `eos_id`.
 
@@ -103,6 +105,7 @@ def generate(
     model allows it and max_new_tokens is at least NATIVE_FROM, and warns once where no compiler is found.
     precision: how the native step keeps the weights. Coarser ones than fp32 are not known to the plain step, so
     that asking for one uses the native step from the first new token on, and warns once where it cannot run.
+    logprobs: whether those of the drawn tokens are wanted; one row is faster without, as they need the whole head.
     Raises ValueError for an empty or too long prompt, rows of unequal length and ids outside the vocabulary.
     """
     config = config or SamplingConfig()
@@ -128,7 +131,7 @@ def generate(
                 # the banned ones may be the likeliest
                 logits = fast.step_rows(newest, rows.open, None if best is None else best + len(banned))
                 weights = fast.routing
-                if fast.screened and late is None:
+                if fast.screened and logprobs and late is None:
                     late = LateLogprobs(fast, banned, rows.logprobs[rows.open[0]])
             else:
                 tokens = tokens if step == 0 else rows.last(tokens.device)
@@ -140,15 +143,15 @@ def generate(
                 weights = None if output.weights is None else output.weights[rows.open, -1]
             logits.index_fill_(-1, banned, -math.inf)
             choose = sampling.choose if fast is None else native_sampling.choose
-            drawn, logprobs = choose(logits, config, [generators[row] for row in rows.open])
-            rows.add(drawn, logprobs, weights)
+            drawn, said = choose(logits, config, [generators[row] for row in rows.open])
+            rows.add(drawn, said, weights)
             if late is not None:
                 late.add(drawn[0])
             if not rows.open:
                 break
     if late is not None:
         late.settle()
-    return rows.generation(prompt_weights)
+    return rows.generation(prompt_weights, logprobs)
 
 
 def _native_step(
@@ -214,9 +217,9 @@ class _Rows:
                 self.on_token(row, token, own)
         self.open = [row for row in self.open if self.tokens[row][-1] != self.eos_id]
 
-    def generation(self, prompt_weights: Tensor | None) -> Generation:
-        """Everything kept, with the prompt's routing weights (B, P, N)."""
-        result = Generation(self.tokens, self.logprobs)
+    def generation(self, prompt_weights: Tensor | None, logprobs: bool) -> Generation:
+        """Everything kept that was asked for, with the prompt's routing weights (B, P, N)."""
+        result = Generation(self.tokens, self.logprobs if logprobs else [])
         if prompt_weights is not None:
             prompt_weights = prompt_weights.cpu()
             result.prompt_weights = list(prompt_weights)

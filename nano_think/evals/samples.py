@@ -69,6 +69,7 @@ def sample_sheet(
                 eos_id=tokenizer.eos_id,
                 banned_ids=(tokenizer.bos_id, tokenizer.pad_id),
                 memory=memories[name]() if name in memories else None,
+                logprobs=False,
             )
             trusted: dict[str, float] = {}
             if made.weights is not None and len(made.weights[0]):

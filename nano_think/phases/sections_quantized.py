@@ -105,8 +105,8 @@ def decoding_speed(checkpoint: Checkpoint, kind: Kind | None) -> float:
         settings = SamplingConfig(temperature=0.0)
         start = [[checkpoint.tokenizer.bos_id]]
         if kind is None:
-            generate(checkpoint.model, start, length, settings, on_token=note)
+            generate(checkpoint.model, start, length, settings, on_token=note, logprobs=False)
         else:
-            generate_quantized(checkpoint.model, kind, start, length, settings, on_token=note)
+            generate_quantized(checkpoint.model, kind, start, length, settings, on_token=note, logprobs=False)
         rates.append((length - skipped) / max(moments[-1] - moments[skipped - 1], 1e-9))
     return median(rates)

@@ -133,6 +133,18 @@ def test_generations_are_those_of_the_whole_head(model, precision, sampling, mon
     assert screened.logprobs == whole.logprobs
 
 
+def test_log_probabilities_that_nobody_wants_are_not_computed(model, monkeypatch) -> None:
+    """The head is then never read as a whole; the tokens are the same."""
+
+    def run(**more):
+        return generate(model, [tokens_of(5)], NEW, SAMPLINGS["greedy"], native=True, **more)
+
+    wanted = run()
+    monkeypatch.delattr(NativeStep, "read_out")
+    unwanted = run(logprobs=False)
+    assert (unwanted.tokens, unwanted.logprobs) == (wanted.tokens, [])
+
+
 def test_a_row_that_is_left_alone_is_screened(model, monkeypatch) -> None:
     """Others end before it; what it says stays the same."""
 
