@@ -198,11 +198,15 @@ class Harness:
 
 
 def _appear(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Fill a folder that is there whole or not at all."""
-    part = folder.with_name(f".{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
+    """Fill a folder that is there whole or not at all; of several processes that do so one is the first."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
     fill(part)
-    part.rename(folder)
+    try:
+        part.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(part)
 
 
 def _child(arguments: list[str], moment: Moment, output: int) -> None:
