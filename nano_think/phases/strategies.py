@@ -1,7 +1,6 @@
 """How several processes share a fit: what conf/strategy names. Each function makes one of Lightning's strategies.
 
-world: number of processes. uses_all: whether every step uses all trained parameters. Importing this module does
-not import Lightning.
+world: number of processes. Importing this module does not import Lightning.
 """
 
 from __future__ import annotations
@@ -15,31 +14,31 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 
-def single(world: int, uses_all: bool = True) -> str:
+def single(world: int) -> str:
     """One process; UserError for more."""
     if world > 1:
         raise UserError(f"trainer.devices={world} are several processes: add strategy=ddp or strategy=fsdp2")
     return "auto"
 
 
-def ddp(world: int, uses_all: bool = True, **arguments: Any) -> Strategy:
+def ddp(world: int, **arguments: Any) -> Strategy:
     """The whole network in every process, gradients averaged (Li et al., arXiv 2006.15704).
 
     arguments: of Lightning's DDPStrategy.
     """
     from lightning.pytorch.strategies import DDPStrategy
 
-    return DDPStrategy(**{"find_unused_parameters": not uses_all, **arguments})
+    return DDPStrategy(**arguments)
 
 
-def fsdp2(world: int, uses_all: bool = True, **arguments: Any) -> Strategy:
+def fsdp2(world: int, **arguments: Any) -> Strategy:
     """Parameters, gradients and optimizer state divided among the processes, see `phases.fully_shard`."""
     from nano_think.phases.fully_shard import FullyShard
 
     return FullyShard(world, **arguments)
 
 
-def deepspeed(world: int, uses_all: bool = True, stage: int = 2, **arguments: Any) -> Strategy:
+def deepspeed(world: int, stage: int = 2, **arguments: Any) -> Strategy:
     """ZeRO (Rajbhandari et al., arXiv 1910.02054) by the package deepspeed, on GPUs alone.
 
     stage: what is divided: 1 optimizer state, 2 gradients too. arguments: of Lightning's DeepSpeedStrategy.

@@ -69,7 +69,7 @@ def train(fit: Fit, task: FitTask, data: TokenDataModule, work: Path) -> dict[st
     """
     planned, per_epoch = fit.steps(data)
     ranks, network = fit.run.ranks, task.network
-    strategy = instantiate(fit.run.cfg.strategy, world=ranks.world, uses_all=task.uses_all)
+    strategy = instantiate(fit.run.cfg.strategy, world=ranks.world)
     task.scaled_before = _gradients_out_of_reach(fit, strategy)
     cost = cost_of(fit, task, data)
     max_steps = within_budget(fit, cost, planned)

@@ -160,11 +160,6 @@ class FitTask(L.LightningModule):
         return own_rows(draw, len(labels), int(total))
 
     @property
-    def uses_all(self) -> bool:
-        """Whether every step uses all trained parameters, whatever its rows are."""
-        return True
-
-    @property
     def kept_bytes(self) -> int:
         """Memory that the task takes between steps, beside its network and the optimizer."""
         return 0

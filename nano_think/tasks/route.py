@@ -82,7 +82,7 @@ class RouteTask(FitTask):
         """Sums over valid labels: cross-entropy, the entropies that were asked for, and the loss."""
         nll, weights = self._forward("train", batch, self._slots(batch, self.memory_dropout))
         valid = batch["labels"] != -100
-        sums = {"cross_entropy": nll.sum(), "loss": nll.sum()}
+        sums = {"cross_entropy": nll.sum(), "loss": nll.sum() + self._reader()}
         chosen = weights[valid]
         self.mean_weights = chosen.detach().mean(0)
         if self.entropy_token:
@@ -109,11 +109,6 @@ class RouteTask(FitTask):
                 named = zip(self.val_routing.experts, means.float(), strict=True)
                 self.log_dict({f"routing/position/{first}/{name}": mean for name, mean in named})
         self.val_routing.reset()
-
-    @property
-    def uses_all(self) -> bool:
-        """Not where rows may go without memory."""
-        return self.slots is None
 
     @property
     def kept_bytes(self) -> int:
@@ -154,6 +149,15 @@ class RouteTask(FitTask):
             return network.pooled_nll(weights, kept.nll, labels), weights
         hidden = network.mix(kept.expert_hidden, weights)
         return network.nll(LMOutput(None, weights, hidden, kept.context, kept.expert_hidden), labels), weights
+
+    def _reader(self) -> Tensor | float:
+        """0, as a function of all that reads memory.
+
+        The rows of a batch may all go without memory, those of one process more often. A parameter would then have
+        no gradient there, and processes that divide gradients would wait for different ones.
+        """
+        reader = None if self.slots is None else self.network.mla.attention.slots
+        return 0.0 if reader is None else sum(0.0 * parameter.sum() for parameter in reader.parameters())
 
     def _slots(self, batch: Batch, dropout: float) -> Any:
         if self.slots is None:

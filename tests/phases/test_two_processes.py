@@ -159,11 +159,21 @@ def test_fsdp2_goes_on_from_one_process(single, project):
     assert_same(single, made)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_phase_equals_one_process(project, strategy, optimizer):
-    """6a to 7d with memory; Muon turns whole matrices, of which a rank of FSDP2 holds a part."""
+@pytest.mark.parametrize(
+    ("optimizer", "strategy"),
+    [
+        ("adamw", "fsdp2"),
+        pytest.param("adamw", "ddp", marks=pytest.mark.slow),
+        pytest.param("muon", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("muon", "ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_every_phase_equals_one_process(project, optimizer, strategy):
+    """6a to 7d with memory; Muon turns whole matrices, of which a rank of FSDP2 holds a part.
+
+    It turns rounding errors too: where a gradient has fewer directions than its matrix (that of the diffuser's few
+    noise levels), what is left of it becomes a step as long as the others, in directions that change no loss.
+    """
     settings = ("expert=all", *STEPS, "precision=32-true", f"optimizer={optimizer}", "data.mode=padded")
     settings += (f"++prereq.expert.optimizer={optimizer}",)
     alone = project.new("phase=mla", *settings)
@@ -181,7 +191,8 @@ def test_every_phase_equals_one_process(project, strategy, optimizer):
             assert found["best_step"] == expected["best_step"]
             for (_, a), (_, b) in zip(expected["history"], found["history"], strict=True):
                 assert b == pytest.approx(a, rel=LOSSES), kind
-        assert_same_weights(one, two)
+        if optimizer != "muon":
+            assert_same_weights(one, two)
 
 
 @pytest.mark.slow

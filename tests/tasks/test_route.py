@@ -241,6 +241,19 @@ def test_dropped_memory_rows_depend_on_seed_and_batch_alone(fused, common, data,
     assert not torch.equal(kept[0, 3], kept[1, 3])
 
 
+def test_a_batch_without_memory_gives_its_reader_gradients_too(fused, common, data, trainer):
+    """All of zero: processes that divide gradients wait for those of every parameter."""
+    network = fused()
+    task = RouteTask(network, stage="7d", slots=_memory(network, data).slots, memory_dropout=1.0, **common())
+    task.trainer = trainer()
+    task.batch_loss(next(iter(data().dataloader("fusion_train"))))["loss"].backward()
+    reader = dict(network.mla.attention.slots.named_parameters())
+    assert reader
+    for name, parameter in reader.items():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
 def test_validation_logs_weight_against_position(fused, common, data, trainer):
     network = fused()
     with torch.no_grad():
