@@ -57,10 +57,6 @@ class DenoiseTask(FitTask):
         self.val_error = DenoisingError(NUM_BUCKETS, train_T, d_model)
         self.val_error_pure_noise = DenoisingError(1, train_T, d_model)
 
-    def setup(self, stage: str) -> None:
-        """Put the teacher where the network is."""
-        self._frozen[0].to(self.device)
-
     @property
     def flops_options(self) -> dict[str, Any]:
         """The teacher's targets, and whether tokens are judged."""
@@ -68,7 +64,11 @@ class DenoiseTask(FitTask):
 
     def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the diffuser restores, (B, L, d_model), and where it is defined, (B, L) bool."""
-        return denoising_targets(self.network, self._frozen[0], batch)
+        teacher, device = self._frozen[0], batch["tokens"].device
+        # nobody moves what is no submodule, and before a fit begins the network itself has not moved yet
+        if teacher.embedding.weight.device != device:
+            teacher.to(device)
+        return denoising_targets(self.network, teacher, batch)
 
     def batch_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over valid labels of the loss and its two parts."""

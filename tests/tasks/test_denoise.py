@@ -231,3 +231,11 @@ def test_x0_error_falls_with_the_noise(target, objective, expert_lm, randomise, 
     assert metrics["val/mse_relative_pure_noise"] < 0.7
     assert levels == sorted(levels), buckets
     assert levels[0] < 0.5 * metrics["val/mse_relative_pure_noise"]
+
+
+def test_the_teacher_follows_the_batch_to_another_device(objective, expert_lm, batch):
+    """Nothing else moves it: it is no submodule, and Lightning's `setup` comes before the network has moved."""
+    task = objective("diffuser", teacher=expert_lm("transformer", seed=1)).to("meta")
+    task.network.expert.target = "next_embed"
+    target, valid = task.targets({name: value.to("meta") for name, value in batch.items()})
+    assert target.device == valid.device == torch.device("meta")
