@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+# Seconds from one reading of the figures to the next.
+BETWEEN_FIGURES = 0.5
+
 
 class StepProgress(L.Callback):
     """Draws on `console`; label: what is being trained."""
@@ -22,6 +26,7 @@ class StepProgress(L.Callback):
     def __init__(self, console: Console, label: str) -> None:
         self.console, self.label = console, label
         self.progress: Progress | None = None
+        self._next_figures = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar at the step a resumed fit goes on from."""
@@ -43,9 +48,13 @@ class StepProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar."""
-        if self.progress is not None:
-            self.progress.update(self.task, completed=trainer.global_step, figures=self._figures(trainer))
+        """Move the bar, and now and then its figures: reading them waits for the step of a GPU."""
+        if self.progress is None or self.progress.disable:
+            return
+        self.progress.update(self.task, completed=trainer.global_step)
+        if time.monotonic() >= self._next_figures:
+            self.progress.update(self.task, figures=self._figures(trainer))
+            self._next_figures = time.monotonic() + BETWEEN_FIGURES
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """One lasting line a validation."""

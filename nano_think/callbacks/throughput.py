@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from nano_think.ops.processes import summed
 
@@ -24,6 +25,7 @@ class Throughput(L.Callback):
     def __init__(self, flops_per_token: float | None = None, peak_flops: float | None = None) -> None:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.tokens = 0
+        self._unread: Tensor | int = 0  # on its device: reading it each step would wait for the step
         self._since: float | None = None
         self._new = 0
         self._complained = False
@@ -39,13 +41,12 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count tokens and log at the trainer's interval."""
-        count = int(summed((batch["segments"] >= 0).sum()))
-        self.tokens += count
-        self._new += count
+        self._unread = self._unread + summed((batch["segments"] >= 0).sum())
         if (
             self._since is not None
             and (trainer.fit_loop.total_batch_idx + 1) % trainer.log_every_n_steps == 0
         ):
+            self._read()
             rate = self._new / max(time.perf_counter() - self._since, 1e-9)
             pl_module.log("train/tokens_per_second", rate, prog_bar=True)
             pl_module.log("train/tokens", float(self.tokens))
@@ -55,15 +56,23 @@ class Throughput(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validation is no training time."""
+        self._read()
         self._since, self._new = None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Tokens seen so far."""
+        self._read()
         return {"tokens": self.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.tokens = state_dict["tokens"]
+
+    def _read(self) -> None:
+        """Take what was counted since; all of it has been computed then, and the clock may be read."""
+        count, self._unread = int(self._unread), 0
+        self.tokens += count
+        self._new += count
 
     def _of_flops(self, rate: float) -> dict[str, float]:
         """What can be said of FLOPs at so many tokens a second."""

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from nano_think.callbacks import progress
 from nano_think.callbacks.progress import StepProgress
 
 
@@ -41,3 +42,20 @@ def test_the_bar_is_closed_when_the_fit_breaks(objective, data, trainer):
     with pytest.raises(ZeroDivisionError):
         trainer(max_steps=4, callbacks=[callback]).fit(task, datamodule=data(val_rows=2))
     assert callback.progress is None
+
+
+def test_the_figures_are_read_now_and_then_and_never_without_a_terminal(
+    objective, data, trainer, monkeypatch
+):
+    read, figures = [], StepProgress._figures
+
+    def noting(runner):
+        read.append(runner.global_step)
+        return figures(runner)
+
+    monkeypatch.setattr(StepProgress, "_figures", staticmethod(noting))
+    _fit(Console(file=io.StringIO(), width=110), objective, data, trainer)
+    assert len(read) == 2  # the lines of two validations
+    monkeypatch.setattr(progress, "BETWEEN_FIGURES", 1e6)
+    _fit(Console(file=io.StringIO(), width=110, force_terminal=True), objective, data, trainer)
+    assert len(read) == 2 + 2 + 1

@@ -82,3 +82,12 @@ def test_more_than_the_peak_is_an_error_that_names_the_formula(clock, caplog):
     [record] = caplog.records
     assert record.levelname == "ERROR"
     assert "MFU = flops_per_token x tokens/s / peak = 3 x 20 / 12 = 5 is above 1" in record.getMessage()
+
+
+def test_no_step_between_two_logs_waits_for_its_count(clock):
+    """A tensor without values stands for one whose values are still being computed."""
+    callback, trainer = Throughput(), _trainer()
+    trainer.fit_loop.total_batch_idx = 0
+    batch = {"segments": torch.zeros(2, 8, device="meta")}
+    callback.on_train_batch_end(trainer, None, None, batch, 0)
+    assert callback.tokens == 0
