@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,7 @@ class DiffuserExpert(nn.Module):
         self.register_buffer("target_mean", torch.zeros(d_model))
         self.register_buffer("target_std", torch.ones(d_model))
         self.register_buffer("stats_ready", torch.tensor(False))
+        self._seen_ready = False
         self.register_buffer("noise", noise_table(max_positions, d_model, noise_seed), persistent=False)
 
     @property
@@ -170,11 +171,11 @@ class DiffuserExpert(nn.Module):
         if self.param != "posterior":
             return
         pure = valid & (tau == self.schedule.train_T)
-        errors = (x0_hat - x0)[pure].float().square().sum(0)
+        # nothing here is asked of a value, which would wait for the whole step of a GPU
+        errors = torch.where(pure.unsqueeze(-1), x0_hat - x0, 0.0).float().square().flatten(0, -2).sum(0)
         totals = summed(torch.cat([errors, pure.sum(dtype=torch.float32).view(1)]))
-        if bool(totals[-1] > 0):
-            error = (totals[:-1] / totals[-1]).to(self.variance)
-            self.variance.lerp_(torch.where(error.isfinite(), error, self.variance), 0.02)
+        error = (totals[:-1] / totals[-1]).to(self.variance)  # NaN without a position that counts
+        self.variance.lerp_(torch.where(error.isfinite(), error, self.variance), 0.02)
 
     def standardise(self, hidden: Tensor) -> Tensor:
         """Target vectors (..., d_model) to latents x0 of zero mean and unit variance."""
@@ -403,7 +404,16 @@ class DiffuserExpert(nn.Module):
 
     def _require_statistics(self) -> None:
         # a compiler cannot branch on a tensor: whoever compiles has run the model once before
-        if not torch.compiler.is_compiling() and not self.stats_ready:
+        if torch.compiler.is_compiling() or self._seen_ready:
+            return
+        if not self.stats_ready:
             raise ValueError(
                 "the diffuser has no target statistics: call fit_statistics(hidden) on training targets"
             )
+        # looked at once: each look at a GPU waits for all that it was asked before
+        self._seen_ready = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As for any module; what is loaded may have no statistics."""
+        self._seen_ready = False
+        super()._load_from_state_dict(*args, **kwargs)

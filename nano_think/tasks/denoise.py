@@ -27,7 +27,8 @@ class DenoiseTask(FitTask):
     states are the targets; it is no submodule, so it is neither saved nor trained.
     mse_weight, ce_weight: of the two terms. mse_of: the squared error is taken of x0, or of the network's own
     prediction; with param=eps, ce_weight=0 and time_sampler=seed that is the plan's literal recipe.
-    time_sampler: see `sample_timesteps`. seed: of the noise, which depends on (seed, epoch, batch) alone.
+    time_sampler: see `sample_timesteps`. seed: of the noise, which depends on (seed, epoch, batch) alone, and on
+    the kind of device, where it is drawn: a processor would take longer to draw it than a GPU for the whole step.
     Raises ValueError for a network that reads later tokens.
     """
 
@@ -119,7 +120,11 @@ class DenoiseTask(FitTask):
         x0 = expert.standardise(target)
         train_T, length = expert.schedule.train_T, valid.shape[1]
         tau = self.drawn(
-            lambda rows: torch.randint(1, train_T + 1, (rows, length), generator=generator), batch, False
+            lambda rows: torch.randint(
+                1, train_T + 1, (rows, length), generator=generator, device=generator.device
+            ),
+            batch,
+            False,
         ).to(x0.device)
         self.val_error.update(self._denoise(batch, x0, tau, generator, False)[0], x0, tau, valid)
         pure = torch.full_like(tau, train_T)
@@ -139,7 +144,9 @@ class DenoiseTask(FitTask):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Restored x0, what the network itself predicts (noise, where param is eps), and its input."""
         noise = self.drawn(
-            lambda rows: torch.randn((rows, *x0.shape[1:]), generator=generator), batch, training
+            lambda rows: torch.randn((rows, *x0.shape[1:]), generator=generator, device=generator.device),
+            batch,
+            training,
         ).to(x0.device)
         expert = self.network.expert
         x_tau = expert.schedule.add_noise(x0, noise, tau)
@@ -149,7 +156,7 @@ class DenoiseTask(FitTask):
 
     def _generator(self, epoch: int, batch_idx: int) -> torch.Generator:
         """Noise of one batch: a pure function of seed, epoch (-1 for validation) and batch number."""
-        return torch.Generator().manual_seed(mixed_seed(self.seed, epoch, batch_idx))
+        return torch.Generator(self.device).manual_seed(mixed_seed(self.seed, epoch, batch_idx))
 
 
 @torch.no_grad()

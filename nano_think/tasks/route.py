@@ -83,13 +83,15 @@ class RouteTask(FitTask):
         nll, weights = self._forward("train", batch, self._slots(batch, self.memory_dropout))
         valid = batch["labels"] != -100
         sums = {"cross_entropy": nll.sum(), "loss": nll.sum() + self._reader()}
-        chosen = weights[valid]
-        self.mean_weights = chosen.detach().mean(0)
+        # picking out the valid ones would wait for their number, and on a GPU for the step so far
+        count, pads = valid.sum(), ~valid.unsqueeze(-1)
+        mean = weights.masked_fill(pads, 0.0).sum((0, 1)) / count
+        self.mean_weights = mean.detach()
         if self.entropy_token:
-            sums["entropy_token"] = entropy(chosen).sum()
+            sums["entropy_token"] = entropy(weights.masked_fill(pads, 1.0)).sum()  # that of a weight 1 is 0
             sums["loss"] = sums["loss"] + self.entropy_token * sums["entropy_token"]
         if self.entropy_mean:
-            sums["entropy_mean"] = entropy(chosen.mean(0)) * len(chosen)
+            sums["entropy_mean"] = entropy(mean) * count
             sums["loss"] = sums["loss"] - self.entropy_mean * sums["entropy_mean"]
         return sums
 

@@ -192,6 +192,17 @@ class TestDenoiser:
         assert "variance" in expert.state_dict()
         assert "variance" not in small(param="x0").state_dict()
 
+    def test_a_training_step_asks_no_tensor_for_a_value(self) -> None:
+        """A tensor without values stands for one whose values are still being computed."""
+        expert = small()
+        expert.readout(expert.standardise(normal(2, 4, D)))  # the statistics are looked at once
+        blank = copy.deepcopy(expert).to("meta")
+        x0, levels = blank.standardise(torch.zeros(2, 4, D, device="meta")), torch.ones(2, 4, device="meta")
+        blank.track_variance(x0, x0, levels, levels.bool())
+        expert.load_state_dict(DiffuserExpert(D, 2, 2, 48, max_positions=64).state_dict())
+        with pytest.raises(ValueError, match="no target statistics"):
+            expert.standardise(normal(2, 4, D))
+
     def test_eps_keeps_some_signal_at_the_last_level(self) -> None:
         assert small(param="eps").schedule.abar[-1] == 1e-4
         assert small(param="v").schedule.abar[-1] == 0
