@@ -74,8 +74,13 @@ class Layout:
 
     @property
     def sight(self) -> tuple[Tensor | None, Tensor | None]:
-        """`mask` and `first` as `attention` takes them: at most one, none where only the causal order counts."""
-        return None, None if self.plain else self.first
+        """`mask` and `first` as `attention` takes them: at most one, none where only the causal order counts.
+
+        Only kernels of a CPU read `first`; elsewhere every layer would make its mask of it anew.
+        """
+        if self.plain:
+            return None, None
+        return (None, self.first) if self.segments.device.type == "cpu" else (self.mask, None)
 
     def angles(self, dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """Rotary cosines and sines (B, 1, L, dim / 2) of the positions, computed once per layout."""

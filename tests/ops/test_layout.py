@@ -89,3 +89,15 @@ def test_angles_follow_the_positions_and_are_computed_once() -> None:
     assert torch.equal(sin[:, 0], expected[1])
     assert layout.angles(8, 100.0)[0] is cos
     assert layout.angles(8, 200.0)[0] is not cos
+
+
+@given(rows=packed_rows())
+def test_off_the_cpu_the_mask_is_handed_on_once_made(rows) -> None:
+    here = layout_of(rows)
+    assert here.sight[0] is None
+    assert here.sight[1] is here.first
+    there = Layout(here.positions.to("meta"), here.segments.to("meta"))
+    mask, first = there.sight
+    assert first is None
+    assert mask is there.sight[0]
+    assert mask is there.mask
