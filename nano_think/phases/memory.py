@@ -8,6 +8,8 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from nano_think.phases.probe import Probe
 
 # Rows of the two passes that are measured hold at least this many tokens: from there on a step takes memory in
@@ -105,14 +107,21 @@ def resident() -> float:
     return _status("VmRSS") or peak()
 
 
-def peak() -> float:
-    """The most bytes the process has held, since `forget_peak` where the system can forget."""
+def peak(device: torch.device | None = None) -> float:
+    """The most bytes the process has held, since `forget_peak` where the system can forget.
+
+    device: where a GPU, the bytes are those of tensors on it.
+    """
+    if device is not None and device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return _status("VmHWM") or float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def forget_peak() -> None:
     """Let `peak` begin anew: one process may run several fits."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -259,7 +259,7 @@ def _result(
         "best_step": selection.best_step,
         "val_loss": selection.best,
         "history": selection.history,
-        "peak_memory_gb": round(memory.peak() / memory.GB, 3),
+        "peak_memory_gb": round(memory.peak(_device(fit)) / memory.GB, 3),
     }
 
 
