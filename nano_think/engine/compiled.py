@@ -131,7 +131,7 @@ class Decoder:
         """The next tokens (batch, 1); logits (batch, V) and routing weights (batch, N) or None."""
         if self.position >= self._step.max_len:
             raise ValueError(f"the cache holds {self._step.max_len} positions, one more was needed")
-        position = torch.tensor([self.position], device=tokens.device)
+        position = torch.full((1,), self.position, device=tokens.device)  # no copy to wait for
         result = self._run(tokens, position, self._state)
         self.position += 1
         return result
