@@ -66,8 +66,9 @@ class DenoiseTask(FitTask):
     def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the diffuser restores, (B, L, d_model), and where it is defined, (B, L) bool."""
         teacher, device = self._frozen[0], batch["tokens"].device
-        # nobody moves what is no submodule, and before a fit begins the network itself has not moved yet
-        if teacher.embedding.weight.device != device:
+        # nobody moves what is no submodule, and before a fit begins the network itself has not moved yet; a table
+        # that both share moves with the network
+        if next(teacher.expert.parameters()).device != device:
             teacher.to(device)
         return denoising_targets(self.network, teacher, batch)
 
