@@ -112,16 +112,16 @@ class _Decoding:
 
         def work() -> None:
             with self.gpu.autocast(fused):
-                self._continue(name, network, prompt)
+                self._continue(name, network, prompt, self.job.new)
 
         return work
 
     @torch.no_grad()
-    def _continue(self, name: str, network: Any, prompt: Tensor) -> list[list[int]]:
+    def _continue(self, name: str, network: Any, prompt: Tensor, new: int) -> list[list[int]]:
         """Greedy tokens after each prompt."""
         if name not in self.peers:
-            return generate(network, prompt, self.job.new, SamplingConfig(temperature=0.0)).tokens
-        options: dict[str, Any] = {"max_new_tokens": self.job.new, "min_new_tokens": self.job.new}
+            return generate(network, prompt, new, SamplingConfig(temperature=0.0)).tokens
+        options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new}
         options |= {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, "use_cache": True}
         if name == STATIC:
             options["cache_implementation"] = "static"
@@ -135,6 +135,6 @@ class _Decoding:
         with torch.no_grad():
             want = own(prompt).logits[:, -1].argmax(dim=-1).tolist()
         network = self.job.network(name).eval().to(self.gpu.device)
-        got = [tokens[0] for tokens in self._continue(name, network, prompt.to(self.gpu.device))]
+        got = [tokens[0] for tokens in self._continue(name, network, prompt.to(self.gpu.device), 1)]
         if got != want:
             raise GateError(f"the first tokens are {got}, not {want}")
