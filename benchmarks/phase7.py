@@ -15,21 +15,19 @@ from benchmarks.harness import Case, Group, Measured, Options, close
 from benchmarks.peers.fused_models import (
     CACHED_TOKENS,
     QUICK,
+    Given,
     Size,
     batch,
     diffuser,
     fused,
     layout,
     plain,
+    route,
     stir,
 )
 from nano_think.experts.diffuser import GradMode
 from nano_think.model import Fusion, NanoThink
 from nano_think.ops.cross_entropy import linear_cross_entropy
-from nano_think.ops.layout import Layout
-from nano_think.optim.groups import adamw
-from nano_think.optim.schedule import constant
-from nano_think.tasks.expert_cache import ExpertCache
 from nano_think.tasks.route import RouteTask
 
 PRECISIONS = ("fp32", "bf16")
@@ -198,27 +196,6 @@ def mla_and_head(size: Size, precision: str) -> Callable[[], object]:
     return work
 
 
-class _Given(nn.Module):
-    """Stands for an expert while a cache is filled: what is timed afterwards does not depend on the values."""
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        return x.roll(1, -1)
-
-
-def _route(network: NanoThink, cached: bool, size: Size) -> RouteTask:
-    return RouteTask(
-        network,
-        optimizer=partial(adamw, lr=1e-4, weight_decay=0.0),
-        schedule=partial(constant, warmup_steps=0),
-        domains=["one", "two"],
-        byte_lengths=torch.ones(size.vocab),
-        stage="7b",
-        cache=ExpertCache(network, size.cached_tokens // size.length + size.rows, size.length)
-        if cached
-        else None,
-    )
-
-
 def _train(task: RouteTask, batches: list[dict[str, Tensor]]) -> Callable[[], object]:
     optimizer = task.make_optimizer(task.network.train())
 
@@ -235,10 +212,10 @@ def _train(task: RouteTask, batches: list[dict[str, Tensor]]) -> Callable[[], ob
 def kept_epoch(size: Size, fusion: Fusion) -> Callable[[], object]:
     """Stage 7b over `cached_tokens` tokens whose rows were all met before."""
     torch.manual_seed(0)
-    experts: dict[str, nn.Module] = {name: _Given() for name in PARTS[:3]}
+    experts: dict[str, nn.Module] = {name: Given() for name in PARTS[:3]}
     model = NanoThink(experts, size.vocab, size.d_model, fusion=fusion)
     stir(model)
-    task = _route(model, True, size)
+    task = route(model, size, cached=True)
     batches = [batch(size, seed) for seed in range(-(-size.cached_tokens // size.tokens))]
     batches[-1] = {name: part[: _rest(size)] for name, part in batches[-1].items()}
     return _train(task, batches)
@@ -252,7 +229,7 @@ def _rest(size: Size) -> int:
 
 def uncached_epoch(size: Size) -> Callable[[], object]:
     """A batch of 7b that computes the experts."""
-    return _train(_route(fused(size, "7b"), False, size), [batch(size)])
+    return _train(route(fused(size, "7b"), size), [batch(size)])
 
 
 def head_alone(size: Size) -> Callable[[], object]:
@@ -330,7 +307,7 @@ def kept_is_uncached() -> None:
     fusions: tuple[Fusion, ...] = ("hidden", "prob")
     for fusion in fusions:
         model, rows = fused(size, "7b", fusion), batch(size)
-        plain, kept = (_route(model, cached, size) for cached in (False, True))
+        plain, kept = (route(model, size, cached=cached) for cached in (False, True))
         want, want_grads = _sums(plain, rows)
         for _ in range(2):
             got, grads = _sums(kept, rows)

@@ -19,7 +19,10 @@ from nano_think.model import Fusion, NanoThink
 from nano_think.nn.norm import RMSNorm, rms_norm_reference
 from nano_think.ops.cross_entropy import linear_cross_entropy_reference
 from nano_think.ops.layout import Layout
-from nano_think.tasks.route import set_trainable
+from nano_think.optim.groups import adamw
+from nano_think.optim.schedule import constant
+from nano_think.tasks.expert_cache import ExpertCache
+from nano_think.tasks.route import RouteTask, set_trainable
 
 CACHED_TOKENS = 100_000
 
@@ -102,6 +105,27 @@ def batch(size: Size, seed: int = 0) -> dict[str, Tensor]:
 
 def layout(rows: dict[str, Tensor]) -> Layout:
     return Layout(rows["positions"], rows["segments"])
+
+
+class Given(nn.Module):
+    """Stands for an expert while a cache is filled: what is timed afterwards does not depend on the values."""
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        return x.roll(1, -1)
+
+
+def route(network: NanoThink, size: Size, stage: str = "7b", cached: bool = False) -> RouteTask:
+    """The task of a stage, with room for `cached_tokens` and a batch of kept expert outputs where `cached`."""
+    rows = size.cached_tokens // size.length + size.rows
+    return RouteTask(
+        network,
+        optimizer=partial(adamw, lr=1e-4, weight_decay=0.0),
+        schedule=partial(constant, warmup_steps=0),
+        domains=["one", "two"],
+        byte_lengths=torch.ones(size.vocab),
+        stage=stage,
+        cache=ExpertCache(network, rows, size.length) if cached else None,
+    )
 
 
 @contextmanager

@@ -128,11 +128,12 @@ def test_the_command_lists_runs_and_writes(tmp_path: Path, capsys: pytest.Captur
     assert "| nano_think fp32 |" in (tmp_path / "attention.md").read_text()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and its group would run")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and its groups would run")
+@pytest.mark.parametrize("name", ["gpu_decode", "gpu_scan", "gpu_train"])
 def test_a_group_that_cannot_run_here_says_why_and_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main(["gpu", "--out", str(tmp_path)]) == 0
+    assert command.main([name, "--out", str(tmp_path)]) == 0
     assert "torch finds no CUDA device" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
