@@ -74,8 +74,13 @@ class Layout:
 
     @property
     def sight(self) -> tuple[Tensor | None, Tensor | None]:
-        """`mask` and `first` as `attention` takes them: at most one, none where only the causal order counts."""
-        return None, None if self.plain else self.first
+        """`mask` and `first` as `attention` takes them: at most one, none where only the causal order counts.
+
+        A GPU has use for the mask, which is then made once for all layers.
+        """
+        if self.plain:
+            return None, None
+        return (self.mask, None) if self.segments.is_cuda else (None, self.first)
 
     def angles(self, dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """Rotary cosines and sines (B, 1, L, dim / 2) of the positions, computed once per layout."""
