@@ -86,12 +86,12 @@ class DecodeStep(nn.Module):
             raise ValueError(f"the prompt has {tokens.shape[1]} tokens, there is room for {self.max_len}")
         state = self.model.init_state(self.batch, self.max_len)
         logits = self.model.extend(tokens, state, last_only=True).logits[:, -1]
-        for part in _parts(state):
+        for part in parts_of(state):
             if isinstance(part, AppendState):
                 for buffer in part.buffers.values():
                     # masked places have the weight 0, and 0 times what is no number is none
                     buffer.narrow(-2, part.length, part.max_len - part.length).zero_()
-        return logits, _tensors(state)
+        return logits, tensors_of(state)
 
     def forward(
         self, tokens: Tensor, position: Tensor, state: Sequence[Tensor]
@@ -101,7 +101,7 @@ class DecodeStep(nn.Module):
         layout = RoomLayout(positions, torch.zeros_like(positions), room=self.max_len)
         tree = _filled(self._tree, iter(state), layout)
         output = self.model.extend(tokens, tree)
-        for old, new in zip(state, _tensors(tree), strict=True):
+        for old, new in zip(state, tensors_of(tree), strict=True):
             if old is not new:
                 old.copy_(new)
         weights = None if output.weights is None else output.weights[:, -1]
@@ -167,19 +167,19 @@ def exported_decoder(path: str | Path, model: Any, batch: int = 1, max_len: int 
     return Decoder(DecodeStep(model, batch, max_len), torch.export.load(path).module())
 
 
-def _parts(state: Any) -> Iterator[Any]:
-    """The states without parts of their own, in order."""
+def parts_of(state: Any) -> Iterator[Any]:
+    """The states of a tree of states that have no parts of their own, in order."""
     if isinstance(state, Cache):
         for child in state.states.values():
-            yield from _parts(child)
+            yield from parts_of(child)
     else:
         yield state
 
 
-def _tensors(state: Any) -> list[Tensor]:
+def tensors_of(state: Any) -> list[Tensor]:
     """Every tensor of a tree of states, in order."""
     found: list[Tensor] = []
-    for part in _parts(state):
+    for part in parts_of(state):
         found += part.values.values() if isinstance(part, RingState) else part.buffers.values()
     return found
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nano_think.engine import native_sampling, sampling
+from nano_think.engine import graph_step, native_sampling, sampling
+from nano_think.engine.graph_step import GraphStep
 from nano_think.engine.native_screen import LateLogprobs
 from nano_think.engine.native_step import NativeStep, Precision, supports
 from nano_think.engine.sampling import SamplingConfig, row_generators
@@ -101,8 +102,9 @@ def generate(
     on_token: called as on_token(row, token id, routing weights (N,) or None) as each token is drawn.
     memory: its slots are passed to the model as `memory`.
     options: further arguments of `model.extend` (forced weights, knock-out).
-    native: read the new tokens by `NativeStep`, which knows neither memory nor options; None does so where the
-    model allows it and max_new_tokens is at least NATIVE_FROM, and warns once where no compiler is found.
+    native: read the new tokens by `NativeStep`, on a GPU by `GraphStep`, which know neither memory nor options;
+    None does so where the model allows it and max_new_tokens is at least NATIVE_FROM, and warns once where no
+    compiler is found.
     precision: how the native step keeps the weights. Coarser ones than fp32 are not known to the plain step, so
     that asking for one uses the native step from the first new token on, and warns once where it cannot run.
     logprobs: whether those of the drawn tokens are wanted; one row is faster without, as they need the whole head.
@@ -122,12 +124,14 @@ def generate(
     late: LateLogprobs | None = None
     with _evaluating(model):
         state = model.init_state(batch, prompt_length + room - 1)
-        fast: NativeStep | None = None
+        fast: NativeStep | GraphStep | None = None
         for step in range(room):
             if step == 1 and memory is None and not options:
-                fast = _native_step(model, state, prompt_length + room - 1, batch, room, native, precision)
-            if fast is not None:
-                newest = [rows.tokens[row][-1] for row in rows.open]
+                fast = _fast_step(model, state, prompt_length + room - 1, batch, room, native, precision)
+            newest = [] if fast is None else [rows.tokens[row][-1] for row in rows.open]
+            if isinstance(fast, GraphStep):
+                logits, weights = fast.step_rows(newest, rows.open), fast.routing
+            elif fast is not None:
                 # the banned ones may be the likeliest
                 logits = fast.step_rows(newest, rows.open, None if best is None else best + len(banned))
                 weights = fast.routing
@@ -142,7 +146,7 @@ def generate(
                 logits = output.logits[rows.open, -1]  # a copy, as the step's are ours to write to
                 weights = None if output.weights is None else output.weights[rows.open, -1]
             logits.index_fill_(-1, banned, -math.inf)
-            choose = sampling.choose if fast is None else native_sampling.choose
+            choose = native_sampling.choose if isinstance(fast, NativeStep) else sampling.choose
             drawn, said = choose(logits, config, [generators[row] for row in rows.open])
             rows.add(drawn, said, weights)
             if late is not None:
@@ -154,7 +158,7 @@ def generate(
     return rows.generation(prompt_weights, logprobs)
 
 
-def _native_step(
+def _fast_step(
     model: Any,
     state: Any,
     max_len: int,
@@ -162,10 +166,13 @@ def _native_step(
     new_tokens: int,
     wanted: bool | None,
     precision: Precision,
-) -> NativeStep | None:
-    """A native step that goes on from `state`, or None for the plain one."""
-    if wanted is False or (wanted is None and precision == "fp32" and new_tokens < NATIVE_FROM):
+) -> NativeStep | GraphStep | None:
+    """A step that goes on from `state` faster than the plain one, or None for that."""
+    few = wanted is None and precision == "fp32" and new_tokens < NATIVE_FROM
+    if wanted is False or few:
         return None
+    if next(model.parameters()).is_cuda:
+        return _graph_step(model, state, max_len, batch, precision)
     if wanted is None and (problem := supports(model)) is not None:
         if precision != "fp32":
             _warn_once(f"decoding with the model's own weights, not in {precision}: {problem}")
@@ -177,6 +184,17 @@ def _native_step(
             raise
         _warn_once(f"decoding by the plain PyTorch step, several times slower: {error}")
         return None
+    fast.load(state)
+    return fast
+
+
+def _graph_step(model: Any, state: Any, max_len: int, batch: int, precision: Precision) -> GraphStep | None:
+    """The plain step as a CUDA graph, in the model's own precision."""
+    if precision != "fp32":
+        _warn_once(f"decoding with the model's own weights, not in {precision}: that is for CPUs")
+    if not graph_step.supports(model):
+        return None
+    fast = GraphStep(model, batch, max_len)
     fast.load(state)
     return fast
 

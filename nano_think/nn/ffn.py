@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nano_think.ops import elementwise_cpp
+from nano_think.ops.elementwise import kernels_for
 from nano_think.ops.unrecorded import apply
 
 
@@ -42,15 +42,18 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        if gate.dtype == up.dtype and elementwise_cpp.fits(gate, up):
-            return elementwise_cpp.gated_silu(gate, up)
+        kernels = kernels_for(gate, up) if gate.dtype == up.dtype else None
+        if kernels is not None:
+            return kernels.gated_silu(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        if gate.dtype == up.dtype == upstream.dtype and elementwise_cpp.fits(gate, up, upstream):
-            return elementwise_cpp.gated_silu_gradients(gate, up, upstream)
+        same = gate.dtype == up.dtype == upstream.dtype
+        kernels = kernels_for(gate, up, upstream) if same else None
+        if kernels is not None:
+            return kernels.gated_silu_gradients(gate, up, upstream)
         d_gate = torch.ops.aten.silu_backward(upstream * up, gate)
         return d_gate, F.silu(gate).mul_(upstream)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nano_think.ops import elementwise_cpp
+from nano_think.ops.elementwise import kernels_for
 from nano_think.ops.unrecorded import apply
 
 
@@ -38,8 +38,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-        if _fits(x, weight, dtype):
-            out, inverse = elementwise_cpp.rms_norm(x, weight, eps, dtype)
+        kernels = _kernels(x, weight, dtype)
+        if kernels is not None:
+            out, inverse = kernels.rms_norm(x, weight, eps, dtype)
             ctx.save_for_backward(x, weight, inverse)
             return out
         wide = _wide(x)
@@ -53,8 +54,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        if _fits(x, weight, upstream.dtype) and elementwise_cpp.fits(upstream):
-            dx, d_weight = elementwise_cpp.rms_norm_gradients(x, weight, inverse, upstream)
+        kernels = _kernels(x, weight, upstream.dtype, upstream)
+        if kernels is not None:
+            dx, d_weight = kernels.rms_norm_gradients(x, weight, inverse, upstream)
             return dx, d_weight, None, None
         normed, upstream, d_weight = _wide(x) * inverse, _wide(upstream), None
         product = normed * upstream
@@ -69,9 +71,11 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), d_weight, None, None
 
 
-def _fits(x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
-    plain = weight is None or (weight.dtype == torch.float32 and elementwise_cpp.fits(weight))
-    return plain and dtype in (torch.float32, torch.bfloat16) and elementwise_cpp.fits(x)
+def _kernels(x: Tensor, weight: Tensor | None, dtype: torch.dtype, *more: Tensor) -> Any:
+    """Compiled ones for these activations and a weight in fp32, None where there are none."""
+    if dtype not in (torch.float32, torch.bfloat16) or (weight is not None and weight.dtype != torch.float32):
+        return None
+    return kernels_for(x, *more) if weight is None else kernels_for(x, weight, *more)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,42 +11,53 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nano_think.ops import elementwise_cpp
+from nano_think.ops.elementwise import gpu_kernels, kernels_for
 
 IGNORED = -100
-CHUNK = 1024
+CHUNK, GPU_CHUNK = 1024, 4096
 # A CPU takes the softmax in pieces of 4 MiB: they stay in the cache. Without a backward pass, logits come in such
 # pieces too: the holes that larger ones leave in the heap once took an evaluation from 1 to 6 GB.
 PIECE_ELEMENTS = 2**20
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK, uniform: bool = True
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None, uniform: bool = True
 ) -> Tensor:
     """-log softmax(hidden weight^T)[label] in nats, fp32, 0 where the label is -100.
 
     hidden: (..., d), weight: (V, d), labels: (...) int64; the result has the shape of `labels`.
 
-    Labelled tokens are taken `chunk` at a time and no logits are kept: the forward pass already forms the
-    gradients of the plain sum of the losses (as Liger's kernels do, arXiv 2410.10989) and the backward pass
-    scales them. That is exact for any weighting of the tokens towards `hidden`, and for an equal one towards
-    `weight`; otherwise the backward pass computes the chunks again.
+    Tokens are taken `chunk` at a time (CHUNK, on a GPU GPU_CHUNK) and no logits are kept: the forward pass
+    already forms the gradients of the plain sum of the losses (as Liger's kernels do, arXiv 2410.10989) and the
+    backward pass scales them. That is exact for any weighting of the tokens towards `hidden`, and for an equal one
+    towards `weight`; otherwise the backward pass computes the chunks again.
     uniform: say False where tokens will be weighted differently, to save the forward pass the vain attempt.
     Where no gradient is asked for, nothing is saved.
     """
     flat, targets = hidden.flatten(0, -2), labels.flatten()
-    labelled = (targets != IGNORED).nonzero().squeeze(1)
     dtype = torch.get_autocast_dtype(hidden.device.type)
     dtype = dtype if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
+    chunk = chunk or (GPU_CHUNK if hidden.is_cuda else CHUNK)
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    rows, targets = flat.index_select(0, labelled), targets[labelled]
-    if differentiated:
-        losses = _LinearCrossEntropy.apply(rows, weight, targets, dtype, chunk, uniform)
-    else:
-        chunk = min(chunk, max(1, PIECE_ELEMENTS // weight.shape[0]))
-        losses = _losses(rows.to(dtype), weight.to(dtype), targets, chunk)
+
+    def losses(rows: Tensor, targets: Tensor) -> Tensor:
+        if differentiated:
+            found: Tensor = _LinearCrossEntropy.apply(rows, weight, targets, dtype, chunk, uniform)
+            return found
+        few = min(chunk, max(1, PIECE_ELEMENTS // weight.shape[0])) if not hidden.is_cuda else chunk
+        return _losses(rows.to(dtype), weight.to(dtype), targets, few)
+
+    if _takes_unlabelled(hidden, dtype):
+        return losses(flat, targets).view(labels.shape)
+    labelled = (targets != IGNORED).nonzero().squeeze(1)
     nll = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
-    return nll.index_copy(0, labelled, losses).view(labels.shape)
+    found = losses(flat.index_select(0, labelled), targets[labelled])
+    return nll.index_copy(0, labelled, found).view(labels.shape)
+
+
+def _takes_unlabelled(hidden: Tensor, dtype: torch.dtype) -> bool:
+    """Whether tokens without a label go through the products too: to count the others is to wait for the GPU."""
+    return dtype in (torch.float32, torch.bfloat16) and gpu_kernels(hidden) is not None
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -93,12 +105,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_hidden is not None:
             d_hidden = (d_hidden * upstream.unsqueeze(1)).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            if d_weight is not None and bool((upstream == upstream[:1]).all()):
-                d_weight = d_weight * upstream[:1].sum()  # the sum of no token is 0
+            low, high = _extremes(upstream, targets)
+            if d_weight is not None and not bool(low < high):
+                d_weight = d_weight * torch.where(low > high, 0.0, high)  # of no token
             else:
                 d_weight = _weighted(hidden.to(ctx.dtype), weight.to(ctx.dtype), targets, ctx.chunk, upstream)
             d_weight = d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None
+
+
+def _extremes(upstream: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest weight of a labelled token; infinity and its opposite where there is none."""
+    low = upstream.masked_fill(targets == IGNORED, math.inf)
+    high = upstream.masked_fill(targets == IGNORED, -math.inf)
+    if not len(upstream):
+        return upstream.new_tensor(math.inf), upstream.new_tensor(-math.inf)
+    return low.amin(), high.amax()
 
 
 def _weighted(rows: Tensor, head: Tensor, targets: Tensor, chunk: int, upstream: Tensor) -> Tensor:
@@ -120,7 +142,8 @@ def _logit_gradients(
     few = max(1, PIECE_ELEMENTS // len(head)) if rows.device.type == "cpu" else chunk
     logits = rows.new_empty(min(chunk, len(rows)), len(head))
     small = (min(few, len(logits)), len(head))
-    buffers = [rows.new_empty(small, dtype=torch.float32) for _ in range(2)]
+    count = 0 if kernels_for(logits) is not None else 2
+    buffers = [rows.new_empty(small, dtype=torch.float32) for _ in range(count)]
     for part in _parts(len(rows), chunk):
         z = logits[: len(targets[part])]
         with torch.autocast(rows.device.type, enabled=False):
@@ -134,16 +157,18 @@ def _logit_gradients(
 
 def _softmax_minus_one_hot(z: Tensor, labels: Tensor, buffers: list[Tensor]) -> Tensor:
     """Turn logits z (n, V) into softmax - one-hot of `labels` (n,) in place; their losses (n,), fp32."""
-    if elementwise_cpp.fits(z):
-        return elementwise_cpp.softmax_minus_one_hot(z, labels)
+    kernels = kernels_for(z)
+    if kernels is not None:
+        losses: Tensor = kernels.softmax_minus_one_hot(z, labels)
+        return losses
     logits, p = (buffer[: len(z)] for buffer in buffers)
     torch.softmax(logits.copy_(z), dim=-1, out=p)
     label = labels.unsqueeze(1)
     # The largest probability is 1 / sum exp(z - max z): the normaliser without another pass of exponentials.
-    losses = logits.amax(dim=-1) - p.amax(dim=-1).log() - logits.gather(1, label).squeeze(1)
+    found = logits.amax(dim=-1) - p.amax(dim=-1).log() - logits.gather(1, label).squeeze(1)
     p.scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))
     z.copy_(p)
-    return losses
+    return found
 
 
 def _losses(rows: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:

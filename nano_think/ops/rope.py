@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nano_think.ops.elementwise import gpu_kernels
 from nano_think.ops.unrecorded import apply
 
 RopeLayout = Literal["half", "interleaved"]
@@ -61,6 +62,9 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout, sign: int) -> Tensor:
+    kernels = gpu_kernels(x) if x.ndim == 4 and x.stride(-1) == 1 and _one_a_position(cos, x) else None
+    if kernels is not None:
+        return kernels.rotate(x, cos.contiguous(), sin.contiguous(), layout == "interleaved", sign)
     out = x.new_empty(x.shape)  # contiguous, also where x is a transposed view
     first, second = _pairs(x, layout)
     for half, a, b, way in zip(
@@ -68,6 +72,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout, sign: int) 
     ):
         half.copy_((a * cos).addcmul_(b, sin, value=way))
     return out
+
+
+def _one_a_position(cos: Tensor, x: Tensor) -> bool:
+    """Whether angles are as `Layout.angles` makes them: (B or 1, 1, L, dim / 2), fp32, for x (B, H, L, dim)."""
+    (batch, _, length, dim), shape = x.shape, tuple(cos.shape)
+    return shape in ((batch, 1, length, dim // 2), (1, 1, length, dim // 2)) and cos.dtype == torch.float32
 
 
 def _pairs(x: Tensor, layout: RopeLayout) -> tuple[Tensor, Tensor]:

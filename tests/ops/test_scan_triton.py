@@ -35,6 +35,8 @@ def errors() -> list[dict[str, list[float]]]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(repository), *filter(None, sys.path)])
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    if "only 0-dimensional arrays" in done.stderr:
+        pytest.skip("the interpreter of Triton before 3.7 does not work with NumPy from 2.4 on")
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
