@@ -19,7 +19,6 @@ from benchmarks.peers import fused_models, language_models, state_space_models
 from benchmarks.peers import state_space_language_models as state_space
 from nano_think.engine.generate import generate
 from nano_think.engine.sampling import SamplingConfig
-from nano_think.model import NanoThink
 
 TRANSFORMER, LLAMA, STATIC = "nano_think transformer", "HF Llama", "HF Llama static cache"
 ROWS, QUICK_ROWS = (1, 16, 128), (1, 2)
@@ -27,7 +26,6 @@ NEW, QUICK_NEW = 128, 8
 GATE_ROWS = 4
 NOTES = (
     "As many new tokens as the prompt has, greedy, bf16 weights; the prompt is read in the time too.",
-    "The fused model mixes in fp32: its router's weights stay fp32, and it decodes under bf16 autocast.",
     "HF Llama static cache: its forward pass compiled by itself, only with --compile.",
     "Memory: weights, and the most that decoding adds.",
 )
@@ -105,16 +103,8 @@ class _Decoding:
 
     def _work(self, name: str, rows: int) -> Work:
         network = self.job.network(name).eval().to(self.gpu.device, torch.bfloat16)
-        fused = isinstance(network, NanoThink)
-        if fused:
-            network.get_submodule("router").float()
         prompt = self.job.prompt(rows).to(self.gpu.device)
-
-        def work() -> None:
-            with self.gpu.autocast(fused):
-                self._continue(name, network, prompt, self.job.new)
-
-        return work
+        return lambda: self._continue(name, network, prompt, self.job.new)
 
     @torch.no_grad()
     def _continue(self, name: str, network: Any, prompt: Tensor, new: int) -> list[list[int]]:

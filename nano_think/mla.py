@@ -137,7 +137,7 @@ class ExpertRouter(nn.Module):
         layout = Layout.of(context, layout)
         with torch.autocast(context.device.type, enabled=False):
             normed = self.norm(context.float())
-            sums = self.pool.sums(F.linear(normed, self.weight), layout)
+            sums = self.pool.sums(F.linear(normed, self.weight.float()), layout)
             return self._weights(normed, sums, memory)
 
     def init_state(self, batch: int, max_len: int, max_rollback: int = 0) -> RingState:
@@ -148,7 +148,7 @@ class ExpertRouter(nn.Module):
         """Weights (B, n, num_experts) of n new positions."""
         with torch.autocast(context.device.type, enabled=False):
             normed = self.norm(context.float())
-            u, totals, counts = F.linear(normed, self.weight), [], []
+            u, totals, counts = F.linear(normed, self.weight.float()), [], []
             for piece in state.pieces(u.shape[1]):
                 (total, count), values = self.pool.extend(u[:, piece], state.values, state.length)
                 state.advance(piece.stop - piece.start, **values)
@@ -193,7 +193,7 @@ class ExpertRouter(nn.Module):
         # only a pad can have counted nothing, and its NaN would reach the gradients
         z = total / count.clamp_min(1.0) + self.bias
         if self.token_weight is not None:
-            z = z + F.linear(normed, self.token_weight)
+            z = z + F.linear(normed, self.token_weight.float())
         return (1 - self.num_experts * self.floor) * (z / self.tau).softmax(dim=-1) + self.floor
 
     def _slot_sums(self, memory: Slots) -> Sums:

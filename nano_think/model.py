@@ -246,8 +246,9 @@ class NanoThink(nn.Module):
         """What the head reads (None for `prob`) and the logits, of hidden states and weights (B, L, N)."""
         if self.fusion == "prob":
             return None, self._linear_pool(expert_hidden, weights)
-        hidden = self.mix(expert_hidden, weights)
-        return hidden, F.linear(hidden, self.embedding.weight).float()
+        hidden, table = self.mix(expert_hidden, weights), self.embedding.weight
+        # mixed with weights in fp32, whatever the table is kept in
+        return hidden, F.linear(hidden.to(table.dtype), table).float()
 
     def _output(
         self,

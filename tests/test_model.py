@@ -481,3 +481,21 @@ class TestDecoding:
             state = model.init_state(2, LENGTH)
             parts_ = [model.extend(part, state, **options).logits for part in tokens.split([5, 1, 3], dim=1)]
             torch.testing.assert_close(torch.cat(parts_, dim=1), model(tokens, **options).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("fusion", ["hidden", "prob"])
+def test_a_model_in_bf16_throughout_decodes(expert_lm, fusion) -> None:
+    """Routing and mixing stay fp32 inside; 0.05 of the logits' range."""
+    experts = {name: expert_lm(name, i).expert for i, name in enumerate(("transformer", "state_space"))}
+    model = NanoThink(
+        experts, 259, 32, mla=partial(MultiHeadLatentAttention, num_heads=2), fusion=fusion
+    ).eval()
+    tokens = torch.randint(259, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(tokens).logits
+        model.bfloat16()
+        got = model(tokens).logits
+        state = model.init_state(2, 9)
+        steps = torch.cat([model.extend(tokens[:, t : t + 1], state).logits for t in range(9)], dim=1)
+    for logits in (got, steps):
+        assert float((logits - want).abs().max()) <= 0.05 * float(want.max() - want.min())
