@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("python -m benchmarks", description="Ours and its peers, side by side.")
     made.add_argument("groups", nargs="*", help="names, or `all`; none: list them")
     made.add_argument("--rounds", type=int, default=9)
+    limit = "begin no round but the first later than that after the start of the group"
+    made.add_argument("--seconds", type=float, default=float("inf"), help=limit)
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--quick", action="store_true", help="sizes of a test, one round, nothing written")
     only = "cases whose name fits, such as '*bf16'; may be given several times"
@@ -70,7 +72,7 @@ def run(name: str, args: argparse.Namespace, console: Console) -> None:
             console.print(f"{name}: not here: {missing.name}: {missing.why}", markup=False)
         return
     say = lambda line: console.print(line, style="dim", markup=False)  # noqa: E731
-    measured = measure(group, 1 if args.quick else args.rounds, args.quick, say)
+    measured = measure(group, 1 if args.quick else args.rounds, args.quick, say, args.seconds)
     show(measured, console)
     memory = None
     if args.memory:

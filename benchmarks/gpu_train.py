@@ -44,7 +44,7 @@ NOTES = (
     "Share of the peak is MFU: useful FLOPs by the project's formula, without optimizer and without what is "
     "computed again; a peer is given those of ours, whose adaptor at the entry is not counted.",
     "Rows of one document for language models and their peers; of about three for diffuser, 7b and 7c.",
-    "7b kept: outputs of experts come from memory of the CPU. The noise of the diffuser is drawn on the CPU.",
+    "7b kept: outputs of experts come from memory of the CPU.",
     f"Fewer rows a step, to fit into memory and time: {', '.join(f'{n} {r}' for n, r in FEWER_ROWS.items())}.",
     "HF Mamba takes its own kernels where they are installed, its loop over positions otherwise.",
     "Memory: weights, optimizer state, and the most that a step adds.",
@@ -187,6 +187,7 @@ class _Phases:
             replace(self.size, rows=GATE_ROWS, length=min(GATE_LENGTH, self.size.length))
         )
         phase.task.eval()
+        phase.draw_on_cpu()
         want = phase.loss()
         phase = phase.to(self.gpu.device)
         for autocast in (False, True):

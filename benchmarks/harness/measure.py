@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from collections.abc import Callable
@@ -29,11 +30,15 @@ def pass_gates(group: Group, say: Say = print) -> None:
         passed.add(case.check)
 
 
-def measure(group: Group, rounds: int, quick: bool = False, say: Say = print) -> Measured:
+def measure(
+    group: Group, rounds: int, quick: bool = False, say: Say = print, seconds: float = math.inf
+) -> Measured:
     """Gates, set-up with one unit of warm-up each, then the rounds.
 
     The order of the cases turns by one place a round, so that none always follows the same neighbour.
+    seconds: no round but the first begins when so many have passed since the call.
     """
+    began = time.monotonic()
     pass_gates(group, say)
     works, units = {}, {}
     for case in group.cases:
@@ -44,6 +49,9 @@ def measure(group: Group, rounds: int, quick: bool = False, say: Say = print) ->
     peaks = Peaks(quick, group.device)
     taken = []
     for number in range(rounds):
+        if number and time.monotonic() - began > seconds:
+            say(f"no time for more than {number} of {rounds} rounds")
+            break
         say(f"round {number + 1} of {rounds}")
         turned = [group.cases[(number + i) % len(group.cases)] for i in range(len(group.cases))]
         due = [case for case in turned if _due(case, number)]

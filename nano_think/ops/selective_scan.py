@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nano_think.ops.native import BuildError
+from nano_think.ops.products import float32_matmul
 from nano_think.ops.scan_cpp import CppScan
 from nano_think.ops.scan_kernel import Kernel, ScanInputs, TorchScan
 
@@ -139,8 +140,18 @@ def triton_problem() -> str | None:
     return None
 
 
+@torch.enable_grad()
 def check_kernel(kernel: Kernel, device: torch.device, length: int = 150) -> None:
-    """Raise RuntimeError unless a fused kernel gives the reference's values and gradients, to 1e-3."""
+    """Raise RuntimeError unless a fused kernel gives the reference's values and gradients, to 1e-3.
+
+    In fp32 and with gradients, whatever the caller computes in: the first scan of a process may come under
+    autocast or where no gradients are recorded.
+    """
+    with torch.autocast(device.type, enabled=False), float32_matmul("highest"):
+        _check_kernel(kernel, device, length)
+
+
+def _check_kernel(kernel: Kernel, device: torch.device, length: int) -> None:
     g = torch.Generator().manual_seed(0)
     sizes = {
         "x": (2, length, 20),

@@ -156,8 +156,12 @@ class DenoiseTask(FitTask):
         return expert.to_x0(prediction, x_tau, tau), prediction, x_tau
 
     def _generator(self, epoch: int, batch_idx: int) -> torch.Generator:
-        """Noise of one batch: a pure function of seed, epoch (-1 for validation) and batch number."""
-        return torch.Generator(self.device).manual_seed(mixed_seed(self.seed, epoch, batch_idx))
+        """Noise of one batch: a pure function of seed, epoch (-1 for validation) and batch number.
+
+        In training drawn where it is needed, in validation by the CPU: figures can be compared between devices.
+        """
+        device = "cpu" if epoch < 0 else self.device
+        return torch.Generator(device).manual_seed(mixed_seed(self.seed, epoch, batch_idx))
 
 
 @torch.no_grad()

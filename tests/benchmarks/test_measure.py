@@ -53,6 +53,14 @@ def test_a_slow_peer_runs_in_its_rounds_only() -> None:
     assert log.events.count("slow") == 1
 
 
+def test_time_that_is_up_ends_the_rounds_and_keeps_those_that_are_done() -> None:
+    said: list[str] = []
+    group = Group("t", [Log().case("a")])
+    measured = measure(group, 9, quick=True, say=said.append, seconds=0)
+    assert len(measured.rounds) == 1
+    assert said[-1] == "no time for more than 1 of 9 rounds"
+
+
 def test_short_work_is_repeated_within_a_round() -> None:
     square = torch.ones(64, 64)
     measured = measure(Group("t", [Case("a", lambda: lambda: square @ square, tokens=1)]), 1, say=quiet)

@@ -101,9 +101,12 @@ def model(name: str) -> nn.Module:
 MODELS = ("transformer", "state_space", "ssd", "diffuser", "fused")
 
 
-def test_the_kernels_of_triton_are_used_and_right() -> None:
-    """Otherwise all below would pass by the slower means."""
-    assert triton_problem() is None
+@pytest.mark.parametrize("recording", [True, False])
+def test_the_kernels_of_triton_are_used_and_right(recording: bool) -> None:
+    """Otherwise all below would pass by the slower means. Under autocast and without gradients too."""
+    triton_problem.cache_clear()
+    with torch.set_grad_enabled(recording), torch.autocast("cuda", torch.bfloat16):
+        assert triton_problem() is None
     assert elementwise.gpu_kernels(draw(2, 3).cuda()) is not None
 
 
@@ -122,7 +125,10 @@ def test_scan_values_and_gradients(backend: str, length: int, half: bool) -> Non
     for place, dtype, way in (("cuda", None, backend), ("cpu", torch.float64, "ref")):
         leaves = {k: v.detach().to(place, dtype).requires_grad_() for k, v in inputs.items()}
         y, last = selective_scan(**leaves, starts=starts.to(place), backend=way)
-        upstream = [draw(*y.shape, seed=10).to(y), draw(*last.shape, seed=11).to(last)]
+        upstream = [draw(*y.shape, seed=10), draw(*last.shape, seed=11)]
+        if half:
+            upstream[0] = upstream[0].bfloat16()
+        upstream = [own.to(result) for own, result in zip(upstream, (y, last), strict=True)]
         results.append([y, last, *torch.autograd.grad([y, last], list(leaves.values()), upstream)])
     for name, got, want in zip(("y", "last", *inputs), *results, strict=True):
         rounded = half and name in ("y", "x", "dt", "B", "C", "z")
@@ -199,6 +205,20 @@ def test_cached_decoding_equals_the_full_forward(name: str) -> None:
         parts = [network.extend(tokens[:, :20], state).logits]
         parts += [network.extend(tokens[:, t : t + 1], state).logits for t in range(20, LENGTH)]
     assert_near(torch.cat(parts, dim=1), want, SINGLE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_replayed_step_writes_the_text_of_the_plain_one(name: str) -> None:
+    """Through the graph, several rows of which one ends early; to the token in fp32."""
+    network, prompts = model(name).cuda().eval(), rows()[0][:, :9].cuda()
+    config = SamplingConfig(temperature=1.0, seed=2)
+    want = generate(network, prompts, 80, config, native=False)
+    end = want.tokens[1][30]
+    want = generate(network, prompts, 80, config, eos_id=end, native=False)
+    got = generate(network, prompts, 80, config, eos_id=end)
+    assert got.tokens == want.tokens
+    for a, b in zip(got.logprobs, want.logprobs, strict=True):
+        assert_near(torch.tensor(a), torch.tensor(b), SINGLE)
 
 
 @pytest.mark.parametrize("name", MODELS)

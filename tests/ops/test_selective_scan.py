@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nano_think.ops import selective_scan as module
+from nano_think.ops.scan_cpp import CppScan
 from nano_think.ops.scan_kernel import CHUNK
 from nano_think.ops.selective_scan import (
     BACKEND_VARIABLE,
+    check_kernel,
     choose_backend,
     cpp_problem,
     selective_scan,
@@ -462,3 +464,11 @@ def test_without_compiler_it_warns_once_and_still_trains(monkeypatch: pytest.Mon
         module.cpp_problem.cache_clear()
     assert len(caught) == 1
     assert_same(results[0], run(inputs, "ref"), 2e-6)
+
+
+def test_the_check_of_a_kernel_does_not_depend_on_who_asks_first() -> None:
+    """Training asks under autocast, generation without gradients: both once turned the kernel of a GPU down."""
+    if cpp_problem() is not None:
+        pytest.skip("no C++ compiler")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        check_kernel(CppScan(), torch.device("cpu"))

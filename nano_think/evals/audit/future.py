@@ -182,7 +182,7 @@ def _reach(subject: Subject, plan: Plan, tokens: Tensor, i: int) -> Tensor | Non
     leaves: list[Tensor] = []
 
     def cut(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not inputs or not torch.equal(inputs[0], tokens):
+        if not inputs or not torch.equal(inputs[0].cpu(), tokens):
             return output
         leaves.append(output.detach().requires_grad_(True))
         return leaves[-1]
@@ -198,6 +198,6 @@ def _reach(subject: Subject, plan: Plan, tokens: Tensor, i: int) -> Tensor | Non
     finally:
         for handle in handles:
             handle.remove()
-    sizes = [gradient.abs().amax(dim=(0, 2)) for gradient in found if gradient is not None]
+    sizes = [gradient.abs().amax(dim=(0, 2)).cpu() for gradient in found if gradient is not None]
     # a gradient that is no number hides what it should show
     return torch.stack(sizes).nan_to_num(nan=torch.inf).amax(0) if sizes else None

@@ -62,6 +62,12 @@ class Subject:
         """The model as a module, for hooks and parameters."""
         return self.model if isinstance(self.model, nn.Module) else None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model reads. All else in an audit, what was said included, is on the CPU."""
+        parameter = None if self.module is None else next(self.module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
     def with_model(self, model: Callable[..., Any]) -> Subject:
         """The same memory before another model."""
         return Subject(model, self.vocab_size, self.retriever)
@@ -77,12 +83,15 @@ class Subject:
 
         memory: slots in place of those that the retriever finds.
         """
-        options: dict[str, Any] = {} if layout is None else {"layout": layout}
+        options: dict[str, Any] = {}
+        if layout is not None:
+            moved = layout.positions.to(self.device), layout.segments.to(self.device)
+            options["layout"] = dataclasses.replace(layout, positions=moved[0], segments=moved[1], _angles={})
         if memory is None and self.retriever is not None:
             memory = self.retriever.retrieve(tokens, layout)
         if memory is not None:
-            options["memory"] = memory
-        return self.model(tokens, **options), memory
+            options["memory"] = memory.to(self.device)
+        return self.model(tokens.to(self.device), **options), memory
 
     @torch.no_grad()
     def observe(
@@ -111,7 +120,7 @@ class Subject:
             # the weight of a single expert is always 1 and says nothing
             single = name == "weights" and named[name].shape[-1] == 1
             if named[name].shape[:2] == shape and not single:
-                found[name] = named[name].detach().reshape(*shape, -1)
+                found[name] = named[name].detach().reshape(*shape, -1).cpu()
         return found
 
 
@@ -146,11 +155,12 @@ class Decoding:
         """The next tokens (B, n)."""
         with _refusals(component(GIVEN)):
             slots = None if self.memory is None else self.memory.step(tokens)
-        options = {} if slots is None else {"memory": slots}
+        device = self.subject.device
+        options = {} if slots is None else {"memory": slots.to(device)}
         module, like = self.subject.module, self.like
         tracing = recording(module, tokens.shape, like) if module and like else nullcontext(Trace())
         with tracing as trace, _refusals("model"):
-            output = self.subject.model.extend(tokens, self.state, **options)  # type: ignore[attr-defined]
+            output = self.subject.model.extend(tokens.to(device), self.state, **options)  # type: ignore[attr-defined]
         self._pieces.append({**self.subject.said(output, tokens, slots), **trace.tensors})
 
     def rollback(self, n: int) -> None:
@@ -163,8 +173,9 @@ class Decoding:
     def reorder(self, index: Tensor) -> None:
         """Make row i the former row index[i]."""
         with _refusals("model"):
-            for state in self._states():
-                state.reorder(index)
+            self.state.reorder(index.to(self.subject.device))
+            if self.memory is not None:
+                self.memory.reorder(index)
         self._each(lambda part: part[index])
 
     @property

@@ -65,7 +65,8 @@ def recording(module: nn.Module, shape: Sequence[int], like: Trace | None = None
             if axis is not None and _fits(tensor, shape, axis):
                 trace.axes[key] = axis
                 # a copy, because the module may go on to change the tensor in place
-                trace.tensors[key] = tensor.detach().movedim(axis, 1).reshape(*shape, -1).clone()
+                moved = tensor.detach().movedim(axis, 1).reshape(*shape, -1)
+                trace.tensors[key] = moved.to("cpu", copy=True)
 
     handles = []
     for path, part in module.named_modules():
