@@ -86,12 +86,7 @@ class DecodeStep(nn.Module):
             raise ValueError(f"the prompt has {tokens.shape[1]} tokens, there is room for {self.max_len}")
         state = self.model.init_state(self.batch, self.max_len)
         logits = self.model.extend(tokens, state, last_only=True).logits[:, -1]
-        for part in parts_of(state):
-            if isinstance(part, AppendState):
-                for buffer in part.buffers.values():
-                    # masked places have the weight 0, and 0 times what is no number is none
-                    buffer.narrow(-2, part.length, part.max_len - part.length).zero_()
-        return logits, tensors_of(state)
+        return logits, taken_over(state)
 
     def forward(
         self, tokens: Tensor, position: Tensor, state: Sequence[Tensor]
@@ -174,6 +169,18 @@ def parts_of(state: Any) -> Iterator[Any]:
             yield from parts_of(child)
     else:
         yield state
+
+
+def taken_over(state: Any) -> list[Tensor]:
+    """The tensors of a state that `extend` filled, as `DecodeStep` takes them.
+
+    Masked places have the weight 0, and 0 times what is no number is none: the room behind is cleared.
+    """
+    for part in parts_of(state):
+        if isinstance(part, AppendState):
+            for buffer in part.buffers.values():
+                buffer.narrow(-2, part.length, part.max_len - part.length).zero_()
+    return tensors_of(state)
 
 
 def tensors_of(state: Any) -> list[Tensor]:

@@ -195,7 +195,11 @@ def _graph_step(model: Any, state: Any, max_len: int, batch: int, precision: Pre
     if not graph_step.supports(model):
         return None
     fast = GraphStep(model, batch, max_len)
-    fast.load(state)
+    try:
+        fast.load(state)
+    except RuntimeError as error:
+        _warn_once(f"decoding by the plain PyTorch step, several times slower: {error}")
+        return None
     return fast
 
 

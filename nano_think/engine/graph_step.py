@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nano_think.cache import AppendState, RingState
-from nano_think.engine.compiled import DecodeStep, parts_of, tensors_of
+from nano_think.engine.compiled import DecodeStep, parts_of, taken_over
 
 WARM_UP = 2  # steps before a capture, in which libraries make what they keep
 
@@ -44,12 +44,7 @@ class GraphStep:
 
     def load(self, state: Any) -> None:
         """Take over a state with room for max_len positions, which is not the caller's any longer."""
-        for part in parts_of(state):
-            if isinstance(part, AppendState):
-                for buffer in part.buffers.values():
-                    # masked places have the weight 0, and 0 times what is no number is none
-                    buffer.narrow(-2, part.length, part.max_len - part.length).zero_()
-        self._state, self._read = tensors_of(state), state.length
+        self._state, self._read = taken_over(state), state.length
         self._position.fill_(state.length)
         if self._tokens.is_cuda:
             self._capture()
@@ -81,18 +76,20 @@ class GraphStep:
         self._position.add_(1)
 
     def _capture(self) -> None:
-        """Record one step; what was read stays as it is."""
+        """Record one step; what was read stays as it is. Raises RuntimeError where the step cannot be recorded."""
         kept = [tensor.clone() for tensor in (self._position, *self._state)]
-        aside = torch.cuda.Stream()
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                self._position.copy_(kept[0])
+        try:
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    self._position.copy_(kept[0])
+                    self._run()
+            torch.cuda.current_stream().wait_stream(aside)
+            # another thread of the process may go on to use the device
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run()
-        for tensor, before in zip((self._position, *self._state), kept, strict=True):
-            tensor.copy_(before)
+        finally:
+            for tensor, before in zip((self._position, *self._state), kept, strict=True):
+                tensor.copy_(before)
         self._graph = graph
