@@ -9,8 +9,8 @@ OUT ?= outputs/study
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRAIN := $(BIN)/python train.py
-# one thread a worker: two on a busy two-core machine are slower than one
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# one thread a worker: two on a busy two-core machine are slower than one; on the CPU, where results are exact to the bit
+PYTEST := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 
@@ -81,6 +81,9 @@ test: $(INSTALLED)  ## all fast tests
 test-slow: $(INSTALLED)  ## the tests that need minutes each
 	$(PYTEST) -m slow $(ARGS)
 
+test-gpu: $(INSTALLED)  ## the same numbers on a GPU, for a machine that has one
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
 kills: $(INSTALLED)  ## kill runs of every phase 200 times and compare what they leave
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.kills --out outputs/kills $(ARGS)
 
@@ -115,5 +118,5 @@ phase8: eval generate  ## = eval and generate
 phase9: bench  ## = bench
 
 .PHONY: help setup data tokenizer expert-transformer expert-diffuser expert-state-space mla eval audit generate demo \
-  study sweep tensorboard test test-slow kills lint check bench clean \
+  study sweep tensorboard test test-slow test-gpu kills lint check bench clean \
   phase0 phase1 phase2 phase3 phase4 phase5 phase6 phase7 phase8 phase9

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SETUP = ["setup", "test", "test-slow", "lint", "check", "clean"]
+SETUP = ["setup", "test", "test-slow", "test-gpu", "lint", "check", "clean"]
 CALLS = {
     "data": "train.py phase=data",
     "tokenizer": "train.py phase=tokenizer",
