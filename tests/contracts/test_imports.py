@@ -20,7 +20,7 @@ MODULES = sorted(
     for path in PACKAGE.rglob("*.py")
 )
 # modules that are nothing without a package which is not for everyone, loaded where it is there
-NEEDS = {"nano_think.ops.scan_triton": "triton"}
+NEEDS = dict.fromkeys(("nano_think.ops.elementwise_triton", "nano_think.ops.scan_triton"), "triton")
 OTHERS = ["data", "vector_store", "mla", "model"]
 OPTIONAL = ("datasets", "einops", "scipy", "transformers", "wandb", "zstandard")
 
