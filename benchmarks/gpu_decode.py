@@ -60,10 +60,9 @@ class _Job:
         if not quick:
             size = language_models.Size(length=2 * NEW)
             return cls(size, state_space.Size(state_space_models.Size()), fused_models.Size(rows=1), NEW)
-        stack = state_space_models.Size(num_layers=1, d_model=16, d_state=4, length=16)
         return cls(
             language_models.Size(1, 32, 2, 48, 64, 2, 2 * QUICK_NEW),
-            state_space.Size(stack, 64),
+            state_space.Size(state_space_models.QUICK, 64),
             fused_models.QUICK,
             QUICK_NEW,
         )

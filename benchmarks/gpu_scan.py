@@ -18,9 +18,11 @@ from benchmarks.harness.case import Work, installed
 from benchmarks.harness.gpu import Gpu
 from benchmarks.peers import state_space_models
 from benchmarks.peers.state_space_models import NORM_EPS
+from benchmarks.scan import D_STATE as STATES
+from benchmarks.scan import draw as draw_rows
 from nano_think.ops.selective_scan import Backend, problem_of, selective_scan
 
-BATCH, CHANNELS, STATES = 8, 768, 16
+BATCH, CHANNELS = 8, 768
 LENGTHS, QUICK_LENGTHS = (512, 2048, 4096), (8, 16)
 GATE_BATCH, GATE_LENGTH = 2, 200
 # of the largest value; in bf16 the inputs are rounded alike, the results and what is summed up of them once
@@ -28,7 +30,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 ENDINGS = {torch.float32: "", torch.bfloat16: " bf16"}
 STACK_ROWS, LARGE_ROWS = 32, 64
 STACK = state_space_models.Size()
-QUICK_STACK = state_space_models.Size(num_layers=1, d_model=16, d_state=4, length=16)
 # What a peer must compute the same as, what has to be installed for it, and rows where not as many as ours.
 TWINS = {"HF Mamba": "nano_think", "HF Mamba with mambapy": "nano_think", "HF Mamba2": "nano_think SSD"}
 NEEDS = {"HF Mamba": ("transformers",), "HF Mamba2": ("transformers",)}
@@ -61,7 +62,7 @@ def group(options: Options) -> Group:
     if not installed("mambapy"):
         missing.append(Missing("mambapy", "pip install mambapy"))
     rows = 2 if options.quick else LARGE_ROWS if options.large else STACK_ROWS
-    stack = replace(QUICK_STACK if options.quick else STACK, batch=rows)
+    stack = replace(state_space_models.QUICK if options.quick else STACK, batch=rows)
     stacks = _Stacks(gpu, stack)
     names = [
         n for n in state_space_models.BUILDERS if n != "mambapy" and all(map(installed, NEEDS.get(n, ())))
@@ -95,16 +96,9 @@ class _Job:
 
 
 def draw(batch: int, channels: int, length: int, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """x and dt (B, L, d), A (d, n), B and C (B, L, n), D (d,), all with a gradient; sequences in `dtype`."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    x, dt = noise(batch, length, channels), noise(batch, length, channels).sigmoid() / 10
-    A = -torch.arange(1.0, STATES + 1).repeat(channels, 1)
-    B, C, D = noise(batch, length, STATES), noise(batch, length, STATES), noise(channels)
-    drawn = (x.to(dtype), dt.to(dtype), A, B.to(dtype), C.to(dtype), D)
+    """Those of `scan.draw` on a device, the sequences in `dtype`."""
+    drawn = [tensor.detach() for tensor in draw_rows(channels, length, batch)]
+    drawn = [tensor.to(dtype) if tensor.ndim == 3 else tensor for tensor in drawn]
     return [tensor.to(device).requires_grad_() for tensor in drawn]
 
 

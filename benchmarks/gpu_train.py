@@ -38,7 +38,6 @@ SLOW = {"HF Mamba": 1}  # rounds: a loop over positions, quadratic in the length
 COMPILED = (TRANSFORMER, "HF Llama", MAMBA, "nano_think 7c")
 GATE_ROWS, GATE_LENGTH = 2, 64
 QUICK_TRANSFORMER = language_models.Size(1, 32, 2, 48, 64, QUICK_ROWS, 16)
-QUICK_STACK = state_space_models.Size(num_layers=1, d_model=16, d_state=4, length=16)
 NOTES = (
     "A step: forward, loss, backward, fused AdamW, gradients dropped; bf16 autocast over fp32 weights.",
     "Share of the peak is MFU: useful FLOPs by the project's formula, without optimizer and without what is "
@@ -99,7 +98,7 @@ class _Models:
         if name in (TRANSFORMER, "HF Llama"):
             size = QUICK_TRANSFORMER if self.quick else language_models.Size()
             return replace(size, batch=rows, length=length or size.length)
-        stack = QUICK_STACK if self.quick else state_space_models.Size()
+        stack = state_space_models.QUICK if self.quick else state_space_models.Size()
         stack = replace(stack, batch=rows, length=length or stack.length)
         return state_space.Size(stack, 64 if self.quick else 32_000)
 

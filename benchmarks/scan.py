@@ -111,16 +111,16 @@ def _slope(name: str, lengths: tuple[int, ...], measured: Measured) -> float:
     )
 
 
-def draw(channels: int, length: int) -> list[Tensor]:
-    """x and dt (1, L, d), A (d, n), B and C (1, L, n), D (d,), all with a gradient."""
+def draw(channels: int, length: int, batch: int = 1) -> list[Tensor]:
+    """x and dt (B, L, d), A (d, n), B and C (B, L, n), D (d,), all with a gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    x, dt = noise(1, length, channels), noise(1, length, channels).sigmoid() / 10
+    x, dt = noise(batch, length, channels), noise(batch, length, channels).sigmoid() / 10
     A = -torch.arange(1.0, D_STATE + 1).repeat(channels, 1)
-    B, C, D = noise(1, length, D_STATE), noise(1, length, D_STATE), noise(channels)
+    B, C, D = noise(batch, length, D_STATE), noise(batch, length, D_STATE), noise(channels)
     return [tensor.requires_grad_() for tensor in (x, dt, A, B, C, D)]
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.harness import Case, Group, Measured, Missing, Options, close
 from benchmarks.harness.case import installed
 from benchmarks.harness.statistics import slope
-from benchmarks.peers.state_space_models import BUILDERS, NORM_EPS, Size
+from benchmarks.peers.state_space_models import BUILDERS, NORM_EPS, QUICK, Size
 
 OURS = {"nano_think": "nano_think", "nano_think SSD": "nano_think SSD"}
 # What must compute the same as which of ours, and what has to be installed for it.
@@ -20,7 +20,7 @@ TWINS |= {"HF Mamba2": "nano_think SSD"}
 NEEDS = {"mambapy": ("mambapy",), "HF Mamba with mambapy": ("transformers", "mambapy")}
 NEEDS |= {"HF Mamba": ("transformers",), "HF Mamba2": ("transformers",)}
 LENGTHS, SLOPE_LENGTHS = (512, 2048), (256, 512, 1024, 2048, 4096)
-QUICK, QUICK_LENGTHS = Size(num_layers=1, d_model=16, d_state=4, length=16), (8, 16)
+QUICK_LENGTHS = (8, 16)
 GATE_LENGTH = 64
 SLOW_ROUNDS = 9  # the loop over positions takes up to 25 s at length 512, quadratic in the length
 NOTES = (

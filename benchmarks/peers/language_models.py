@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.peers import hugging_face
+from nano_think.experts.state_space import StateSpaceExpert
 from nano_think.experts.transformer import TransformerExpert
 from nano_think.model import ExpertLM
 from nano_think.ops.cross_entropy import IGNORED
@@ -89,11 +90,16 @@ def ours(size: Size) -> LanguageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         expert = TransformerExpert(size.d_model, size.num_layers, size.num_heads, size.ffn_dim, dropout=0.0)
-        model = ExpertLM((size.vocab_size, size.d_model), expert)
-        with torch.no_grad():
-            table = model.embedding.weight
-            table.div_(table.square().mean(1, keepdim=True).sqrt())
-            expert.norm.get_parameter("weight").fill_(FINAL_GAIN)
+        return around(expert, size.vocab_size)
+
+
+def around(expert: TransformerExpert | StateSpaceExpert, vocab_size: int) -> LanguageModel:
+    """An expert between a table drawn here and the same as head; its last gain is made small."""
+    model = ExpertLM((vocab_size, expert.d_model), expert)
+    with torch.no_grad():
+        table = model.embedding.weight
+        table.div_(table.square().mean(1, keepdim=True).sqrt())
+        expert.norm.get_parameter("weight").fill_(FINAL_GAIN)
 
     def loss(tokens: Tensor, labels: Tensor) -> Tensor:
         return model.token_nll(tokens, labels).sum() / (labels != IGNORED).sum()

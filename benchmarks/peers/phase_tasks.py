@@ -29,10 +29,8 @@ class Phase:
     rows: dict[str, Tensor]
 
     def to(self, device: str) -> Phase:
-        """Task, what it keeps beside its network, and rows on a device."""
-        task = self.task.to(device)
-        task.setup("fit")
-        return Phase(task, {name: part.to(device) for name, part in self.rows.items()})
+        """Task and rows on a device; a teacher follows the rows."""
+        return Phase(self.task.to(device), {name: part.to(device) for name, part in self.rows.items()})
 
     def loss(self) -> Tensor:
         """The mean over positions, of which a step takes the gradient."""

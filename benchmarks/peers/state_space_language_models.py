@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import language_models, state_space_models
-from benchmarks.peers.language_models import FINAL_GAIN, LanguageModel
+from benchmarks.peers.language_models import LanguageModel
 from nano_think.experts.state_space import StateSpaceExpert
-from nano_think.model import ExpertLM
-from nano_think.ops.cross_entropy import IGNORED
 
 
 @dataclass(frozen=True)
@@ -47,17 +45,9 @@ def ours(size: Size, ssd: bool = False) -> LanguageModel:
     """ExpertLM around the state-space expert, with Mamba-2's mixer where `ssd`; never holds all logits."""
     expert, _ = (state_space_models.ssd if ssd else state_space_models.s6)(size.stack)
     assert isinstance(expert, StateSpaceExpert)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = ExpertLM((size.vocab_size, size.stack.d_model), expert)
-        table = model.embedding.weight
-        table.div_(table.square().mean(1, keepdim=True).sqrt())
-        expert.norm.get_parameter("weight").fill_(FINAL_GAIN)
-
-    def loss(tokens: Tensor, labels: Tensor) -> Tensor:
-        return model.token_nll(tokens, labels).sum() / (labels != IGNORED).sum()
-
-    return LanguageModel(model, loss, expert, expert.blocks[0].mixer_norm)
+        return language_models.around(expert, size.vocab_size)
 
 
 def mamba(size: Size, with_mambapy: bool = False) -> LanguageModel:

@@ -63,6 +63,9 @@ class Size:
         return (x / x.square().mean(-1, keepdim=True).sqrt()).requires_grad_()
 
 
+QUICK = Size(num_layers=1, d_model=16, d_state=4, length=16)
+
+
 def s6(size: Size) -> tuple[nn.Module, Stack]:
     """Our expert without dropout."""
     with torch.random.fork_rng(devices=[]):

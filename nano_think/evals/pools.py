@@ -88,7 +88,8 @@ class SharedForward:
         kept = torch.tensor([float(name not in names) for name in self.model.expert_names])
 
         def nll(batch: Batch) -> Tensor:
-            weights = self.weights(batch) * kept.to(self.weights(batch))
+            routed = self.weights(batch)
+            weights = routed * kept.to(routed)
             return self._nll(batch, weights / weights.sum(-1, keepdim=True).clamp_min(1e-12))
 
         return nll
