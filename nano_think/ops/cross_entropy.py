@@ -105,13 +105,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_hidden is not None:
             d_hidden = (d_hidden * upstream.unsqueeze(1)).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            low, high = _extremes(upstream, targets)
-            if d_weight is not None and not bool(low < high):
-                d_weight = d_weight * torch.where(low > high, 0.0, high)  # of no token
+            scale = None if d_weight is None else _common(upstream, targets)
+            if d_weight is not None and scale is not None:
+                d_weight = d_weight * scale
             else:
                 d_weight = _weighted(hidden.to(ctx.dtype), weight.to(ctx.dtype), targets, ctx.chunk, upstream)
             d_weight = d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None
+
+
+def _common(upstream: Tensor, targets: Tensor) -> Tensor | None:
+    """The one weight of all labelled tokens, 0 where there are none; None where weights differ.
+
+    The gradient of a sum is one number seen through strides of 0, which says so without its value being read: on
+    a GPU to read is to wait for the whole forward pass.
+    """
+    if upstream.numel() and upstream.stride() == (0,):
+        return upstream[0]
+    low, high = _extremes(upstream, targets)
+    if bool(low < high):
+        return None
+    return torch.where(low > high, 0.0, high)  # the first of no token
 
 
 def _extremes(upstream: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

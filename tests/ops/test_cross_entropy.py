@@ -134,3 +134,30 @@ def test_backward_twice_gives_the_same():
     loss = linear_cross_entropy(hidden, weight, labels).sum()
     once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     torch.testing.assert_close(once, torch.autograd.grad(loss, (hidden, weight)), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_of_a_sum_is_found_without_reading_a_value(monkeypatch, weighted):
+    """On a GPU such a read waits for all that was asked of it before; the way for GPUs is taken here."""
+    monkeypatch.setattr(module, "_takes_unlabelled", lambda *_: True)
+    hidden, weight, labels = problem()
+    labels = labels.clamp_min(0)
+    scale = torch.linspace(0.5, 2.0, labels.numel()).view(labels.shape) if weighted else torch.tensor(0.25)
+    reads = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                reads.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def total(nll):
+        return (nll * scale).sum() if weighted else nll.sum() * scale
+
+    with Watch():
+        got = torch.autograd.grad(total(linear_cross_entropy(hidden, weight, labels)), (hidden, weight))
+    assert len(reads) == (1 if weighted else 0)  # whether all weigh the same
+    want = torch.autograd.grad(
+        total(linear_cross_entropy_reference(hidden, weight, labels)), (hidden, weight)
+    )
+    torch.testing.assert_close(got, want)
