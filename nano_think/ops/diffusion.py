@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 ScheduleKind = Literal["cosine", "linear", "sqrt"]
 Param = Literal["x0", "eps", "v"]
 TimeSampler = Literal["uniform", "logit_normal", "warp", "seed"]
+MOST_LEVELS = 1 << 20
 
 
 class NoiseSchedule:
@@ -34,7 +36,7 @@ class NoiseSchedule:
         there, because x0 = (x - g eps) / (a s) is 0 / 0 without it.
 
     tau arguments are an int or an int64 tensor whose axes are the first ones of x: (), (B,) or (B, L).
-    Raises ValueError for an unknown kind and for linear betas that reach 1 (T <= 20).
+    Raises ValueError for an unknown kind, for linear betas that reach 1 (T <= 20), and for T above MOST_LEVELS.
     """
 
     def __init__(
@@ -44,11 +46,24 @@ class NoiseSchedule:
         terminal: float = 0.0,
         input_scale: float = 1.0,
     ) -> None:
+        if kind not in get_args(ScheduleKind):
+            raise ValueError(f"schedule must be 'cosine', 'linear' or 'sqrt', not {kind!r}")
+        if kind == "linear" and train_T <= 20:
+            raise ValueError(
+                f"the linear schedule needs train_T above 20, not {train_T}: a beta would reach 1"
+            )
+        if train_T > MOST_LEVELS:
+            raise ValueError(f"train_T={train_T} is more than {MOST_LEVELS} noise levels")
         self.kind, self.train_T, self.terminal, self.input_scale = kind, train_T, terminal, input_scale
-        abar = _signal_power(kind, train_T, terminal).clamp(min=terminal)
-        abar[0], abar[-1] = 1.0, terminal
-        self.abar = abar
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @cached_property
+    def abar(self) -> Tensor:
+        """Signal power (T + 1,) float64, made when first asked for: networks are also built without numbers."""
+        with torch.inference_mode(False):  # as in `levels`
+            abar = _signal_power(self.kind, self.train_T, self.terminal).clamp(min=self.terminal)
+            abar[0], abar[-1] = 1.0, self.terminal
+        return abar
 
     def levels(self, tau: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """a and g of `tau`, in dtype and device of `like` and broadcastable to it."""
@@ -115,11 +130,7 @@ def _signal_power(kind: ScheduleKind, train_T: int, terminal: float) -> Tensor:
         return f / f[0]
     if kind == "sqrt":
         return 1 - (steps + 1e-4).sqrt()
-    if kind != "linear":
-        raise ValueError(f"schedule must be 'cosine', 'linear' or 'sqrt', not {kind!r}")
     betas = torch.linspace(1e-4, 2e-2, train_T, dtype=torch.float64) * 1000 / train_T
-    if betas[-1] >= 1:
-        raise ValueError(f"the linear schedule needs train_T above 20, not {train_T}: a beta would reach 1")
     a = torch.cumprod(1 - betas, dim=0).sqrt()
     a = a[0] + (a - a[0]) * (a[0] - math.sqrt(terminal)) / (a[0] - a[-1])
     return torch.cat((torch.ones(1, dtype=torch.float64), a.square()))
@@ -201,5 +212,7 @@ def noise_table(num_positions: int, dim: int, seed: int, chunk: int = 1024) -> T
     Rows are drawn chunk by chunk from one generator, so that a longer table starts with the shorter one.
     """
     generator = torch.Generator().manual_seed(seed)
-    num_chunks = max(1, math.ceil(num_positions / chunk))
-    return torch.cat([torch.randn(chunk, dim, generator=generator) for _ in range(num_chunks)])
+    table = torch.empty(chunk * max(1, math.ceil(num_positions / chunk)), dim)
+    for rows in table.split(chunk):
+        rows.normal_(generator=generator)
+    return table
