@@ -172,8 +172,11 @@ MAY_BE_ZERO = ("noise_seed", "rope_dim")
 MOST_LAYERS = 1000
 
 
-def check_values(values: Mapping[str, Any]) -> None:
-    """Raise UserError for a value of a resolved configuration that nothing could be made with."""
+def check_values(values: Mapping[str, Any], steps: bool = True) -> None:
+    """Raise UserError for a value of a resolved configuration that nothing could be made with.
+
+    steps: whether optimizer and schedule are tried too.
+    """
     rules = dict(LIMITS)
     for name in values["experts"]:
         rules |= {f"training.{name}.{key}": rule for key, rule in FIT.items()}
@@ -189,6 +192,8 @@ def check_values(values: Mapping[str, Any]) -> None:
         check_study(values["study"])
     if values["phase"]["name"] not in WITHOUT_NETWORK:
         _check_networks(values)
+        if steps:
+            _check_steps(values)
 
 
 def _check(path: str, value: Any, rule: Rule) -> None:
@@ -233,7 +238,7 @@ def _check_needs(values: Mapping[str, Any]) -> None:
 
 
 def _check_networks(values: Mapping[str, Any]) -> None:
-    """Raise UserError for networks, an optimizer or a schedule that their own constructors refuse."""
+    """Raise UserError for networks that their own constructors refuse."""
     from nano_think.artifacts.build import check as check_network  # here, as it imports torch
 
     names = values["expert"]["names"]
@@ -250,7 +255,6 @@ def _check_networks(values: Mapping[str, Any]) -> None:
             most = MOST_LAYERS if key == "num_layers" else MOST
             _check(where, value, Whole(0 if key in MAY_BE_ZERO else 1, most))
         check_network(spec, path)
-    _check_steps(values)
 
 
 def _whole_numbers(spec: Any, path: str) -> Iterator[tuple[str, int]]:
@@ -262,7 +266,7 @@ def _whole_numbers(spec: Any, path: str) -> Iterator[tuple[str, int]]:
 
 
 def _check_steps(values: Mapping[str, Any]) -> None:
-    """Ask optimizer and schedule of this package for one over a layer that is nobody's."""
+    """Raise UserError where an optimizer or schedule of this package cannot be made, over a layer of nobody."""
     from torch import nn
 
     parts = {

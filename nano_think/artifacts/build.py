@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from nano_think.artifacts.outline import outlined
 from nano_think.errors import UserError
 
 ALLOWED = ("nano_think.experts.", "nano_think.nn.", "nano_think.mla.", "nano_think.model.", "torch.nn.")
@@ -84,7 +84,7 @@ def check(spec: Any, where: str) -> None:
     A mistake then shows before anything is trained, not when its part is reached.
     """
     try:
-        with torch.device("meta"):
+        with outlined():
             build(spec)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
 from nano_think.artifacts.build import MARKS, build, locate
+from nano_think.artifacts.outline import outlined
 from nano_think.errors import brief
 from nano_think.signatures import fits
 
@@ -27,19 +26,23 @@ SPARE_OPERATIONS, OPERATIONS_EACH = 3_000, 100
 SPARE_PARTS, PARTS_EACH = 256, 32
 
 
-class _Counted(TorchDispatchMode):
-    """Raises ValueError once the operations in its block have made too many numbers, or are too many."""
+class _Counted(TorchFunctionMode):
+    """Raises ValueError once the operations in its block have made too many numbers, or are too many.
+
+    What changes a tensor in place, or only looks at it, makes none.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.numbers = SPARE_NUMBERS + NUMBERS_EACH * sum(tensor.numel() for tensor in weights.values())
         self.operations = SPARE_OPERATIONS + OPERATIONS_EACH * len(weights)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made, given = func(*args, **kwargs), {id(part) for part in (*args, *kwargs.values())}
         self.operations -= 1
-        if not func._schema.is_mutable:
-            self.numbers -= sum(part.numel() for part in tree_leaves(made) if isinstance(part, Tensor))
+        parts = made if isinstance(made, tuple | list) else [made]
+        self.numbers -= sum(p.numel() for p in parts if isinstance(p, Tensor) and id(p) not in given)
         if self.operations < 0 or self.numbers < 0:
             raise ValueError("the spec asks for far more than its weights hold")
         return made
@@ -76,7 +79,7 @@ def restore(spec: Any, weights: Mapping[str, Tensor], usable: Callable[[Any], bo
     with _few_parts(weights):
         try:
             _check_types(spec)
-            with torch.device("meta"), _Counted(weights):
+            with outlined(), _Counted(weights):
                 described = build(spec)
         except Exception as error:  # a constructor that is given anything raises anything
             raise ValueError(f"{type(error).__name__}: {brief(error)}") from error

@@ -13,6 +13,7 @@ from torch import nn
 from nano_think.artifacts.build import build as build_network
 from nano_think.artifacts.build import check as check_network
 from nano_think.artifacts.checkpoint import load_checkpoint, save_expert
+from nano_think.artifacts.outline import outlined
 from nano_think.errors import UserError
 from nano_think.model import ExpertLM
 from nano_think.nn.leaks import leaks, refusal
@@ -34,7 +35,7 @@ def expert_maker(run: Run, name: str) -> Maker:
     needs = {need: expert_maker(_run_of(run, need), need) for need in _needs(run, name, training)}
     network = run.plain(run.cfg.experts[name])
     check_network(network, f"experts.{name}")
-    with torch.device("meta"):
+    with outlined():
         if found := leaks(build_network(network)):
             raise UserError(refusal(found))
     objective = {key: training[key] for key in OBJECTIVE_KEYS if key in training}

@@ -20,6 +20,7 @@ from nano_think.artifacts.build import build as build_network
 from nano_think.artifacts.build import check as check_network
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, save_fused
 from nano_think.artifacts.memory import Memory, build_memory, load_memory, save_memory
+from nano_think.artifacts.outline import outlined
 from nano_think.errors import UserError
 from nano_think.evals.flops import forward_flops
 from nano_think.evals.forgetting import forgetting
@@ -100,7 +101,7 @@ def _unfreeze(choice: str) -> str:
 
 def _refuse_leaks(*networks: dict[str, Any]) -> None:
     """Raise UserError where one of these specs describes a network that reads later tokens."""
-    with torch.device("meta"):
+    with outlined():
         parts = nn.ModuleList(build_network(network) for network in networks)
     if found := leaks(parts):
         raise UserError(refusal(found))

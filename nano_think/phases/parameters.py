@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nano_think.artifacts.build import build as build_network
+from nano_think.artifacts.outline import outlined
 from nano_think.evals.parameters import PLAN_ESTIMATES, count_parameters
 from nano_think.evals.report import Table, render_table
 from nano_think.experts.diffuser import DiffuserExpert
@@ -93,7 +94,7 @@ def optional_parts(network: nn.Module) -> Iterator[tuple[str, int, bool]]:
     if mla is not None:
         slots = mla.attention.slots
         width, heads = mla.attention.out_proj.out_features, mla.attention.heads.num_heads
-        with torch.device("meta"):
+        with outlined():
             reader = SlotReader if slots is None else type(slots)
             count = sum(p.numel() for p in reader(width, heads).parameters())
         yield "memory: norm, null slot and bias a head of the MLA (retrieval.k > 0)", count, slots is not None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from nano_think.artifacts.build import build as build_network
+from nano_think.artifacts.outline import outlined
 from nano_think.errors import UserError
 from nano_think.evals.flops import filling_flops, forward_flops, training_flops
 from nano_think.model import ExpertLM, NanoThink
@@ -28,7 +28,7 @@ class Costs:
     def lone(self, expert: str, **changes: Any) -> ExpertLM:
         """An expert with its table; changes: other keywords than the settings'."""
         network = {**self.run.plain(self.run.cfg.experts[expert]), **changes}
-        with torch.device("meta"):
+        with outlined():
             table = nn.Embedding(self.run.cfg.size.vocab_size, self.run.cfg.size.d_model)
             return ExpertLM(table, build_network(network))
 
@@ -38,7 +38,7 @@ class Costs:
         specs = {name: self.run.plain(cfg.experts[name]) for name in experts or cfg.expert.names}
         settings = model_settings(self.run)
         spec = fused_spec(settings, specs, cfg.size.vocab_size, cfg.size.d_model, cfg.expert.embed == "own")
-        with torch.device("meta"):
+        with outlined():
             return build_network(spec)
 
     def parameters(self, network: nn.Module) -> float:
