@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.harness.report import RESULTS
 from nano_think.files import write_json
-from nano_think.phases.run import versions
+from nano_think.phases.machine import versions
 
 POLL_SECONDS = 0.1
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks.harness.statistics import Measured, Row, as_json
 from nano_think.evals.report import Table, plain, render_table
 from nano_think.files import atomic_write, write_json
-from nano_think.phases.run import versions
+from nano_think.phases.machine import versions
 
 RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results" / "bench"
 PEERS = ("transformers", "litgpt", "mambapy", "tokenizers", "faiss-cpu", "llama-cpp-python")

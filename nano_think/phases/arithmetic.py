@@ -19,8 +19,8 @@ from torch import Tensor
 from nano_think.files import hash_json, write_json
 from nano_think.ops.native import cache_folder
 from nano_think.ops.products import fp32_stays
+from nano_think.phases.machine import processor
 from nano_think.phases.probe import Probe, Step
-from nano_think.phases.run import processor
 
 FP32, BF16 = "32-true", "bf16-mixed"
 ROUNDS = 3

@@ -18,8 +18,8 @@ from nano_think.files import hash_json, write_json
 from nano_think.ops.products import float32_matmul
 from nano_think.phases import arithmetic
 from nano_think.phases.fit import Fit
+from nano_think.phases.machine import processor
 from nano_think.phases.probe import LIGHTNING_AUTOCAST
-from nano_think.phases.run import processor
 from nano_think.tasks.base import FitTask
 
 # Rows a domain that tell how long documents are.

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
-import platform
-import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +29,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from nano_think import __version__
 from nano_think.artifacts import provenance
 from nano_think.artifacts.recipe import COMPLETE_MARK, Recipe
 from nano_think.config import override_name, validate
@@ -49,6 +44,8 @@ from nano_think.files import (
     write_json,
 )
 from nano_think.phases.disk import disk_trouble
+from nano_think.phases.machine import versions
+from nano_think.phases.overrides import group_of, last_of_each, leaves_of, literal, of_other_expert
 from nano_think.phases.ranks import PLAN, SWEEPING, Ranks, number_of_processes, run_in
 from nano_think.phases.resume import what_stays
 
@@ -146,15 +143,15 @@ class Run:
         more = []
         prereq = self.plain(self.cfg.prereq)
         for name in (phase, expert):
-            for key, value in _flat(prereq.get(name)):
-                more.append(f"{'++' * ('.' in key)}{key}={_literal(value)}")
+            for key, value in leaves_of(prereq.get(name)):
+                more.append(f"{'++' * ('.' in key)}{key}={literal(value)}")
         if self.cfg.expert_seed is not None and phase == "expert":
             more.append(f"seed={self.cfg.expert_seed}")
         return self.composed(phase, more, expert)
 
     def composed(self, phase: str, more: Iterable[str], expert: str | None = None) -> Run:
         """A run of another phase with this one's settings and `more`; expert: the only one it is about."""
-        kept = _last_of_each([*self._handed_on(phase), f"phase={phase}", *more])
+        kept = last_of_each([*self._handed_on(phase), f"phase={phase}", *more])
         cfg = copy.deepcopy(_composed(tuple(kept)))
         if expert is not None:
             # composed with the expert= of the whole run, so that overrides of any expert stay valid
@@ -171,12 +168,12 @@ class Run:
         phase, expert = choices["phase"], choices.get("expert")
         kept = self._handed_on(phase)
         if phase == self.cfg.phase.name:
-            own = [o for o in self.overrides if _group(o) in OWN_KEYS - {"run", "hydra"}]
+            own = [o for o in self.overrides if group_of(o) in OWN_KEYS - {"run", "hydra"}]
             kept = [o for o in own if o not in kept] + kept
         kept = [o for o in kept if override_name(o) not in {*choices, "phase", "expert", "prerequisites"}]
-        kept = [o for o in kept if not _of_other_expert(o, expert)]
+        kept = [o for o in kept if not of_other_expert(o, expert)]
         if str(self.root) != "outputs":
-            kept.append(f"run.root={_literal(str(self.root))}")
+            kept.append(f"run.root={literal(str(self.root))}")
         return shlex.join(["python", "train.py", *named, *kept])
 
     def _handed_on(self, phase: str) -> list[str]:
@@ -184,7 +181,7 @@ class Run:
         return [
             o
             for o in self.overrides
-            if (_group(o) not in OWN_KEYS or override_name(o) in HANDED_ON)
+            if (group_of(o) not in OWN_KEYS or override_name(o) in HANDED_ON)
             and (phase in WITH_MLA or not override_name(o).startswith("training.mla."))
         ]
 
@@ -319,7 +316,7 @@ def run_phase(cfg: DictConfig) -> float | None:
     Returns the phase's `objective` (for sweepers), if it has one.
     """
     job = HydraConfig.get()
-    validate(cfg, {_group(override) for override in job.overrides.task})
+    validate(cfg, {group_of(override) for override in job.overrides.task})
     if cfg.phase.name == "expert" and cfg.expert_seed is not None:
         cfg.seed = cfg.expert_seed
     overrides, directory = list(job.overrides.task), Path(job.runtime.output_dir)
@@ -385,73 +382,3 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 def console(quiet: bool = False) -> Console:
     """The terminal, or 110 columns where the output goes into a file: tables stay readable."""
     return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=110, quiet=quiet)
-
-
-def versions() -> dict[str, Any]:
-    """Code, libraries and machine, for manifests."""
-    packages = {name: metadata.version(name) for name in ("torch", "lightning", "hydra-core", "tiktoken")}
-    return {
-        "nano_think": __version__,
-        "commit": _commit(),
-        "python": sys.version.split()[0],
-        "packages": packages,
-        "machine": f"{platform.machine()}, {processor()}",
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the code, None outside a checkout and without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip() or None
-
-
-def processor() -> str:
-    """Number and name of the processors."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
-
-
-def _group(override: str) -> str:
-    """The first part of the key of an override."""
-    return override_name(override).split(".")[0]
-
-
-def _last_of_each(overrides: Iterable[str]) -> list[str]:
-    """Of several overrides of one key the last: Hydra takes a group only once."""
-    return list({override_name(override): override for override in overrides}.values())
-
-
-def _of_other_expert(override: str, expert: str | None) -> bool:
-    """Whether an override speaks of an expert that a command for `expert` does not know.
-
-    Each expert's settings come with the Transformer's, which it may need as teacher or for its table.
-    """
-    group, _, rest = override_name(override).partition(".")
-    if expert in (None, "all") or group not in ("experts", "training", "per_size", "prereq"):
-        return False
-    phases = ("data", "tokenizer", "expert") if group == "prereq" else ()
-    return rest.split(".")[0] not in (expert, "transformer", "mla", *phases)
-
-
-def _literal(value: Any) -> str:
-    """A plain value as Hydra's override grammar reads it back."""
-    if isinstance(value, str) and re.fullmatch(r"[\w./:+-]+", value):
-        return value
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested mappings as dotted keys."""
-    leaves: list[tuple[str, Any]] = []
-    for key, value in (node or {}).items():
-        path = f"{prefix}{key}"
-        leaves += _flat(value, f"{path}.") if isinstance(value, dict) else [(path, value)]
-    return leaves

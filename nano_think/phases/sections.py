@@ -24,7 +24,7 @@ from nano_think.evals.routing import analyse_routing, document_weights, knockout
 from nano_think.evals.samples import diffusion_drafts, prompts_of, sample_sheet
 from nano_think.metrics.routing import RoutingStats
 from nano_think.ops.layout import Layout
-from nano_think.phases.run import versions
+from nano_think.phases.machine import versions
 from nano_think.vector_records import Reader
 
 if TYPE_CHECKING:

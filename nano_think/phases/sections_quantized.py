@@ -15,7 +15,7 @@ from nano_think.evals.bootstrap import paired_difference
 from nano_think.evals.losses import DocumentLosses
 from nano_think.evals.report import Report, Table
 from nano_think.nn.quantized import Kind, weight_bytes
-from nano_think.phases.run import versions
+from nano_think.phases.machine import versions
 
 if TYPE_CHECKING:
     from nano_think.phases.evaluate import Evaluation

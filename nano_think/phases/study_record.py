@@ -14,7 +14,8 @@ from nano_think.errors import UserError
 from nano_think.evals.study_record import StudyLosses, StudyRecord
 from nano_think.evals.study_report import write_study_report
 from nano_think.phases.data import load_corpus
-from nano_think.phases.run import Maker, Run, versions
+from nano_think.phases.machine import versions
+from nano_think.phases.run import Maker, Run
 from nano_think.phases.sections import fall_per_epoch
 from nano_think.phases.study_ablations import planned_names
 from nano_think.phases.study_audit import audited

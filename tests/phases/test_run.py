@@ -19,8 +19,9 @@ from nano_think.errors import UserError
 from nano_think.phases import run as module
 from nano_think.phases.data import shards_maker, tokenizer_maker
 from nano_think.phases.expert import expert_maker
+from nano_think.phases.machine import versions
 from nano_think.phases.mla import mla_maker, stages_of
-from nano_think.phases.run import Maker, Run, versions
+from nano_think.phases.run import Maker, Run
 
 ROOT = Path(module.__file__).resolve().parents[2]
 EXPERTS = ("transformer", "diffuser", "state_space")
@@ -321,7 +322,7 @@ def test_versions_without_git(monkeypatch):
     def missing(*args, **kwargs):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(module.subprocess, "run", missing)
+    monkeypatch.setattr("nano_think.phases.machine.subprocess.run", missing)
     assert versions()["commit"] is None
 
 

@@ -314,6 +314,7 @@ def _import_all() -> str:
     import torch.utils.tensorboard
 
     import nano_think.phases.evaluate
+    import nano_think.phases.machine
     import nano_think.phases.mla
     import nano_think.phases.pipeline
     import nano_think.phases.run
@@ -323,7 +324,7 @@ def _import_all() -> str:
 
     torch.set_num_threads(1)
     assert lightning.__version__
-    return str(nano_think.phases.run.versions()["commit"])
+    return str(nano_think.phases.machine.versions()["commit"])
 
 
 if __name__ == "__main__":

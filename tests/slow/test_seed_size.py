@@ -32,8 +32,9 @@ from nano_think.data.shards import build_shards
 from nano_think.files import write_json
 from nano_think.phases import expert, mla, trainer
 from nano_think.phases.fit import Fit
+from nano_think.phases.machine import versions
 from nano_think.phases.mla import mla_maker, stages_of
-from nano_think.phases.run import Maker, Run, versions
+from nano_think.phases.run import Maker, Run
 from nano_think.tokenizer import BPE_PATTERN, SPECIALS, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
