@@ -83,8 +83,11 @@ void diffuse(Worker<K>& w, const Matrix& input) {
   w.multiply_to(given, 0, d_model, d_model, w.normed, all);
   w.meet();
   w.multiply(d_model, d_model, given, all, [&](int64_t b, int64_t at, Vec v) { store(given[count + b] + at, v); });
-  for (int64_t b = 0; b < count && p.noise; ++b)
-    std::copy_n(p.noise + w.rows.position[b] * size, size, w.latents[b]);
+  for (int64_t b = 0; b < count; ++b)
+    if (p.noise)
+      std::copy_n(p.noise + w.rows.position[b] * size, size, w.latents[b]);
+    else
+      std::fill_n(w.latents[b], size, 0.f);  // where another diffuser's may lie
   const Stream first = w.weights;
   for (int64_t pass = 0; pass < p.passes; ++pass) {
     w.weights = first, w.state_at = 0;

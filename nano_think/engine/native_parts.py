@@ -98,10 +98,20 @@ def networks_of(model: Any) -> list[Any]:
     return [*([model.mla] if model.mla is not None else []), *model.experts.values()]
 
 
-def versions(model: nn.Module) -> list[tuple[int, int]]:
-    """Changes whenever a parameter or a saved buffer is replaced or written to."""
+def versions(model: nn.Module) -> list[Any]:
+    """Changes whenever a parameter or a saved buffer is replaced or written to, or a plain attribute of a part is.
+
+    What is written through `.data` raises no version and is not seen.
+    """
     tensors = model.state_dict(keep_vars=True).values()
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    parts = [*model.modules(), *(m.schedule for m in model.modules() if isinstance(m, DiffuserExpert))]
+    settings = [
+        value
+        for part in parts
+        for name, value in vars(part).items()
+        if isinstance(value, int | float | str | None) and name != "training" and not name.startswith("_")
+    ]
+    return [*settings, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)]
 
 
 @dataclass
@@ -122,7 +132,7 @@ class PackedModel:
     """
 
     precision: Precision
-    versions: list[tuple[int, int]]
+    versions: list[Any]
     weights: Tensor
     parts: list[PackedPart]
     head: int

@@ -77,6 +77,7 @@ FUSED: dict[str, dict[str, Any]] = {
     "ema": {"router": router("ema", decay=0.7)},
     "token term": {"router": router("cummean+token")},
     "prefix": {"router": router("prefix")},
+    "two diffusers, the second from zeros": {"more": {"second": diffuser(x_T="zeros")}},
 }
 TRANSFORMER = partial(TransformerExpert, num_heads=2, ffn_dim=40, num_layers=2)
 STATE_SPACE = partial(StateSpaceExpert, d_inner=44, d_state=5, num_layers=2)
@@ -95,7 +96,8 @@ def model(randomise) -> Callable[..., Any]:
             network: nn.Module = ExpertLM((VOCAB, WIDTH), diffuser(**DIFFUSERS[name]))
         elif name in FUSED:
             experts = {"transformer": TRANSFORMER, "diffuser": diffuser(), "state_space": STATE_SPACE}
-            network = NanoThink(experts, VOCAB, WIDTH, **{"mla": mla(), **FUSED[name]})
+            options = {"mla": mla(), **FUSED[name]}
+            network = NanoThink(experts | options.pop("more", {}), VOCAB, WIDTH, **options)
         else:
             network = ExpertLM((VOCAB, WIDTH), STACKS[name])
         return prepare(randomise(network))
@@ -364,3 +366,19 @@ def test_what_it_does_not_support_is_named(model, randomise) -> None:
     foreign = partial(TransformerExpert, mixer=partial(LatentAttention, num_heads=2, rope_dim=4), ffn_dim=40)
     assert "mixer" in supports(ExpertLM((VOCAB, WIDTH), foreign))
     assert "as an expert" in supports(ExpertLM((VOCAB, WIDTH), S6(WIDTH)))
+
+
+def test_a_changed_setting_is_noticed(model) -> None:
+    """Packed weights hold it too; a model made anew with that setting says what is right."""
+    network = model("hidden")
+    before = generate(network, [[1, 2, 3]], 5, GREEDY, native=True)
+    diffuser_, router_ = network.experts["diffuser"], network.router
+    for part, name, value in ((diffuser_, "fused_steps", 2), (router_, "tau", 0.3), (router_, "floor", 0.2)):
+        setattr(part, name, value)
+        after = generate(network, [[1, 2, 3]], 5, GREEDY, native=True)
+        assert after.logprobs != before.logprobs
+        plain = generate(network, [[1, 2, 3]], 5, GREEDY, native=False)
+        torch.testing.assert_close(
+            torch.tensor(after.logprobs), torch.tensor(plain.logprobs), atol=1e-4, rtol=0
+        )
+        before = after
