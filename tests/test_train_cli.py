@@ -190,6 +190,7 @@ def test_a_checkpoint_that_is_none(train: Train, tmp_path: Path, ckpt: str) -> N
         (["prompt=" + "the cat, " * 50], "shorten"),
         (["prompt_file=/does/not/exist.txt"], "/does/not/exist.txt"),
         (["prompt=x", "memory.session=mine"], "memory"),
+        (["prompt=x", "memory.reset=true"], "name it by memory.session="),
     ],
     ids=["top_k", "temperature", "long", "file", "session"],
 )

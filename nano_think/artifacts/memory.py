@@ -48,6 +48,12 @@ class Memory:
         return cls(store, encoder, Retriever(store, encoder, **retrieval), figures)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The `retrieval` settings of `over`."""
+        names = ("k", "chunk", "granularity", "write_on_read")
+        return {name: getattr(self.retriever, name) for name in names}
+
+    @property
     def leaks(self) -> list[str]:
         """Leaky options that are on, see `nano_think.nn.leaks`."""
         return self.retriever.leaks
@@ -125,10 +131,8 @@ def fused_hidden(model: NanoThink, tokens: Tensor, layout: Layout | None = None)
 def save_memory(memory: Memory, path: Path) -> None:
     """Write the folder described at the top of this module."""
     save_tensors(path / "encoder.safetensors", memory.encoder.state_dict())
-    names = ("k", "chunk", "granularity", "write_on_read")
-    retrieval = {name: getattr(memory.retriever, name) for name in names}
     memory.store.save(path / "store")
-    write_json(path / "settings.json", {"retrieval": retrieval, "figures": memory.figures})
+    write_json(path / "settings.json", {"retrieval": memory.settings, "figures": memory.figures})
 
 
 def load_memory(path: Path) -> Memory | None:

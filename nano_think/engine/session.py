@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,12 +12,13 @@ import torch
 
 from nano_think.artifacts.checkpoint import Checkpoint
 from nano_think.artifacts.memory import SPLIT, Memory, load_memory, memory_of, save_memory, write
+from nano_think.artifacts.provenance import content_of
 from nano_think.engine.generate import Generation, generate
 from nano_think.engine.quantized import generate_quantized
 from nano_think.engine.render import TokenPrinter, token_records
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.errors import UserError
-from nano_think.files import remove_dir, write_json
+from nano_think.files import locked, remove_dir, write_json
 from nano_think.model import NanoThink
 from nano_think.nn.quantized import Kind
 from nano_think.signatures import short
@@ -61,8 +62,9 @@ class Session:
     """A model's memory plus what earlier continuations of the same name left in it, kept in a folder.
 
     The store in the folder holds the model's own records too and stands alone; each append makes a new
-    generation of it, so that a kill at any moment leaves the old session or the new one.
-    Raises UserError where the model has no memory, or the folder was made with another one.
+    generation of it, so that a kill at any moment leaves the old session or the new one. Processes that keep the
+    same session append one after the other, each to what is there then.
+    Raises UserError where the model has no memory, or the folder was kept by another model.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, folder: Path, reset: bool = False) -> None:
@@ -75,12 +77,8 @@ class Session:
         if reset:
             remove_dir(folder)
         self.name, self.folder, self.number = name, folder, session_id(name)
-        self.memory = load_memory(folder) or base
-        if self.memory.encoder.fingerprint() != base.encoder.fingerprint():
-            raise UserError(
-                f"session {name} was kept by another model: start it anew with memory.reset=true, "
-                "or choose another memory.session"
-            )
+        self._base, self._model = base, content_of(checkpoint.path)
+        self.memory = self._kept()
 
     @property
     def own_records(self) -> int:
@@ -89,9 +87,25 @@ class Session:
 
     def append(self, checkpoint: Checkpoint, tokens: list[int]) -> int:
         """Remember a finished sequence and save; returns its number of records, see `remember`."""
-        count = remember(self.memory, checkpoint.model, tokens, self.number)
-        save_memory(self.memory, self.folder)
+        with locked(self.folder.with_name(f".{self.folder.name}.lock")):
+            self.memory = self._kept()
+            count = remember(self.memory, checkpoint.model, tokens, self.number)
+            kept = replace(self.memory, figures={**self.memory.figures, "model": self._model})
+            save_memory(kept, self.folder)
         return count
+
+    def _kept(self) -> Memory:
+        """What the folder holds, the model's own memory where there is none; UserError for another model's."""
+        kept, base = load_memory(self.folder), self._base
+        if kept is None:
+            return base
+        same = kept.figures.get("model", self._model) == self._model and kept.settings == base.settings
+        if not same or kept.encoder.fingerprint() != base.encoder.fingerprint():
+            raise UserError(
+                f"session {self.name} was kept by another model: start it anew with memory.reset=true, "
+                "or choose another memory.session"
+            )
+        return kept
 
 
 def remember(memory: Memory, model: NanoThink, tokens: list[int], session: int) -> int:
@@ -183,7 +197,7 @@ def read_prompt(prompt: str | None, prompt_file: str | None, stdin: TextIO) -> s
                 text = file.read(LONGEST_PROMPT + 1)
         elif prompt is None and stdin is not None and not stdin.isatty():
             source = "standard input"
-            text = stdin.read(LONGEST_PROMPT + 1)
+            text = _piped(stdin)
         text.encode()
     except (OSError, ValueError) as error:  # the second for names with a NUL and for what is no UTF-8
         raise UserError(f"{source} cannot be read ({short(error, 200)}): give UTF-8 text") from error
@@ -192,6 +206,12 @@ def read_prompt(prompt: str | None, prompt_file: str | None, stdin: TextIO) -> s
             f"{source} is longer than {LONGEST_PROMPT} characters, which no model reads: shorten it"
         )
     return text
+
+
+@cache
+def _piped(stdin: TextIO) -> str:
+    """What a prompt is made of, read once: the jobs of a sweep in one process get the same."""
+    return stdin.read(LONGEST_PROMPT + 1)
 
 
 def save_continuations(path: Path, continuations: list[Continuation], mark: str = "") -> None:

@@ -54,6 +54,8 @@ def run(run: Run) -> dict[str, Any]:
         raise UserError(f"generate: {error}") from error
     prompt = read_prompt(run.cfg.prompt, run.cfg.prompt_file, sys.stdin)
     name = run.cfg.memory.session
+    if name is None and run.cfg.memory.reset:
+        raise UserError("memory.reset=true starts a session anew: name it by memory.session=")
     folder = None if name is None else session_folder(run.root / "sessions", name)
     quantize: Kind | None = None if run.cfg.quantize == "none" else run.cfg.quantize
     checkpoint = model_of(run)

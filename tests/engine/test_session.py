@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nano_think.artifacts.build import build
 from nano_think.artifacts.checkpoint import Checkpoint, load_checkpoint, save_expert, save_fused
-from nano_think.artifacts.memory import Memory, save_memory
+from nano_think.artifacts.memory import Memory, memory_of, save_memory
 from nano_think.chunks import ChunkEncoder, chunk_records
 from nano_think.engine.sampling import SamplingConfig
 from nano_think.engine.session import (
@@ -42,15 +42,20 @@ def ids(rows: int, length: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def make_checkpoint(randomise, byte_tokenizer, tmp_path):
-    """`make_checkpoint("name", seed)`: a fused model of noise with 20 records of its own, loaded from disk."""
+    """`make_checkpoint("name", seed)`: a fused model of noise with 20 records of its own, loaded from disk.
 
-    def make(name: str = "model", seed: int = 0) -> Checkpoint:
+    gain: of its first expert. k: neighbours that it asks for.
+    """
+
+    def make(name: str = "model", seed: int = 0, gain: float = 1.0, k: int = 2) -> Checkpoint:
         vocab_size = byte_tokenizer.vocab_size
         mla = {"_target_": "nano_think.mla.MultiHeadLatentAttention", "d_model": D, "num_heads": 2}
         spec = {"_target_": "nano_think.model.NanoThink", "vocab_size": vocab_size, "d_model": D}
         spec |= {"experts": {"transformer": TRANSFORMER, "state_space": STATE_SPACE}}
         spec |= {"mla": mla | {"memory": True}}
         model = randomise(build(spec), seed=seed)
+        with torch.no_grad():
+            model.expert_gain[0].mul_(gain)
         save_fused(tmp_path / name, spec, model, byte_tokenizer, CONTEXT)
         documents = ids(20, 2 * CHUNK, seed=8)
         encoder = ChunkEncoder.fit(model.embedding.weight, torch.ones(vocab_size), documents[:, :CHUNK])
@@ -58,7 +63,7 @@ def make_checkpoint(randomise, byte_tokenizer, tmp_path):
         hidden = torch.randn(20, 2 * CHUNK, D, generator=torch.Generator().manual_seed(9))
         records = chunk_records(encoder, documents, hidden, chunk=CHUNK)
         store.add(records.keys, records.values, **records.meta)
-        retrieval = {"k": 2, "chunk": CHUNK, "granularity": "chunk"}
+        retrieval = {"k": k, "chunk": CHUNK, "granularity": "chunk"}
         save_memory(Memory.over(store, encoder, retrieval, {"records": 20}), tmp_path / name / "memory")
         return load_checkpoint(tmp_path / name)
 
@@ -219,6 +224,38 @@ class TestSession:
             self.open(other, tmp_path)
         assert self.open(other, tmp_path, reset=True).own_records == 0
 
+    def test_two_models_over_one_encoder_have_sessions_of_their_own(
+        self, checkpoint, make_checkpoint, tmp_path
+    ):
+        """As two stages 7d from one stage 7c have, whose encoder is that of 7c."""
+        self.plant(self.open(checkpoint, tmp_path), checkpoint)
+        trained_on = make_checkpoint("longer", gain=1.5)
+        asked_otherwise = make_checkpoint("otherwise", k=4)
+        for other in (trained_on, asked_otherwise):
+            fingerprints = [memory_of(made).encoder.fingerprint() for made in (checkpoint, other)]
+            assert fingerprints[0] == fingerprints[1]
+            with pytest.raises(UserError, match="session ann was kept by another model"):
+                self.open(other, tmp_path)
+
+    def test_a_session_from_before_models_were_noted_goes_on(self, checkpoint, tmp_path):
+        self.plant(self.open(checkpoint, tmp_path), checkpoint)
+        settings = tmp_path / "sessions" / "ann" / "settings.json"
+        told = json.loads(settings.read_text())
+        del told["figures"]["model"]
+        settings.write_text(json.dumps(told))
+        session = self.open(checkpoint, tmp_path)
+        kept = session.own_records
+        self.plant(session, checkpoint)
+        assert self.open(checkpoint, tmp_path).own_records == 2 * kept > 0
+
+    def test_who_opened_it_before_another_wrote_loses_nothing(self, checkpoint, tmp_path):
+        both = [self.open(checkpoint, tmp_path) for _ in range(2)]
+        for session in both:
+            self.plant(session, checkpoint)
+        (one, two), now = both, self.open(checkpoint, tmp_path)
+        assert now.own_records == two.own_records == 2 * one.own_records > 0
+        assert [path.name for path in now.folder.parent.iterdir()] == ["ann"]
+
     def test_a_model_without_memory_has_no_sessions(self, expert, tmp_path):
         with pytest.raises(UserError, match=r"no memory to keep a session in.*stage=7d"):
             self.open(expert, tmp_path)
@@ -250,6 +287,10 @@ class TestReadPrompt:
     def test_a_terminal_is_not_waited_for(self):
         assert read_prompt(None, None, Terminal("never read")) == ""
         assert read_prompt(None, None, None) == ""
+
+    def test_every_job_of_a_sweep_reads_the_same_pipe(self):
+        pipe = io.StringIO("piped\n")
+        assert [read_prompt(None, None, pipe) for _ in range(2)] == ["piped\n", "piped\n"]
 
     def test_two_sources_are_refused(self, tmp_path):
         with pytest.raises(UserError, match="not by both"):
