@@ -108,7 +108,8 @@ def generate(
     precision: how the native step keeps the weights. Coarser ones than fp32 are not known to the plain step, so
     that asking for one uses the native step from the first new token on, and warns once where it cannot run.
     logprobs: whether those of the drawn tokens are wanted; one row is faster without, as they need the whole head.
-    Raises ValueError for an empty or too long prompt, rows of unequal length and ids outside the vocabulary.
+    Raises ValueError for an empty or too long prompt, rows of unequal length, other than one name a row, and ids
+    outside the vocabulary.
     """
     config = config or SamplingConfig()
     tokens = _prompt_tensor(prompts, model, context)
@@ -116,9 +117,12 @@ def generate(
     room = max_new_tokens if context is None else min(max_new_tokens, context - prompt_length + 1)
     if room < 1:
         raise ValueError(f"max_new_tokens must be at least 1, it is {max_new_tokens}")
-    generators = row_generators(config.seed, range(batch) if row_ids is None else row_ids)
+    names = range(batch) if row_ids is None else row_ids
+    if len(names) != batch:
+        raise ValueError(f"row_ids must name {batch} rows, not {len(names)}")
+    generators = row_generators(config.seed, names)
     rows = _Rows(batch, eos_id, on_token)
-    banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=tokens.device)
+    banned = _token_ids(list(banned_ids), model, "banned")
     best = config.tokens_of_interest
     prompt_weights = None
     late: LateLogprobs | None = None
@@ -256,16 +260,22 @@ def _prompt_tensor(
     if not isinstance(prompts, Tensor) and len({len(prompt) for prompt in prompts}) > 1:
         lengths = sorted({len(prompt) for prompt in prompts})
         raise ValueError(f"prompts of one batch must have one length, these have {lengths}: run them apart")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    tokens = torch.as_tensor(prompts, dtype=torch.long, device=device)
+    tokens = _token_ids(prompts, model, "prompt")
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise ValueError("a prompt needs at least one token: start an empty one with the BOS token")
     if context is not None and tokens.shape[1] > context:
         raise ValueError(
             f"the prompt has {tokens.shape[1]} tokens but the model reads at most {context}: shorten it"
         )
-    if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocab_size:
-        raise ValueError(f"a prompt token lies outside the vocabulary of {model.vocab_size} tokens")
+    return tokens
+
+
+def _token_ids(ids: Any, model: LanguageModel, kind: str) -> Tensor:
+    """int64 on the model's device; ValueError for ids outside its vocabulary."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    tokens = torch.as_tensor(ids, dtype=torch.long, device=device)
+    if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= model.vocab_size):
+        raise ValueError(f"a {kind} token lies outside the vocabulary of {model.vocab_size} tokens")
     return tokens
 
 

@@ -95,7 +95,11 @@ class NativeStep:
 
     @property
     def position(self) -> int:
-        """Positions that the first row has read; setting it sets all rows, forgetting what came later."""
+        """Positions that the first row has read.
+
+        Setting it sets all rows. Keys and values of later positions are forgotten then; scan states and the
+        router's sums, which cannot be turned back, stay what they are.
+        """
         return self.positions[0]
 
     @position.setter

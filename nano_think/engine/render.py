@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import os
 import unicodedata
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -42,7 +44,8 @@ class TokenPrinter:
     """Streams one row to a terminal, each token in the colour of its most trusted expert.
 
     color: `auto` where `file` is a terminal, `always` (for a pager) or `never`. Without colours the exact text is
-    written and nothing else. Raises ValueError for another word.
+    written and nothing else, but for characters that the file's encoding lacks. Where nobody reads on, the rest is
+    dropped: what was generated is kept elsewhere too. Raises ValueError for another word.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class TokenPrinter:
         if color not in AS_TERMINAL:
             raise ValueError(f"color={color!r} is not known: {', '.join(AS_TERMINAL)}")
         terminal = AS_TERMINAL[color]
+        if isinstance(file, TextIOWrapper):
+            file.reconfigure(errors="replace")
         self._console = Console(
             file=file, force_terminal=terminal, highlight=False, markup=False, emoji=False
         )
@@ -73,14 +78,25 @@ class TokenPrinter:
         """End the line; on a terminal, name the colours."""
         self._write(self._text.flush() + "\n", None)
         if self._console.is_terminal and self._names:
-            self._console.print(legend(self._names))
+            self._put(self._rendered(legend(self._names), end="\n"))
 
     def _write(self, text: str, style: str | None) -> None:
-        if not self._console.is_terminal:
-            self._console.file.write(text)
-        elif text:
-            self._console.print(Text(printable(text), style or ""), end="", soft_wrap=True)
-        self._console.file.flush()
+        self._put(self._rendered(Text(printable(text), style or "")) if self._console.is_terminal else text)
+
+    def _rendered(self, text: Text, end: str = "") -> str:
+        with self._console.capture() as captured:
+            self._console.print(text, end=end, soft_wrap=True)
+        return captured.get()
+
+    def _put(self, text: str) -> None:
+        file = self._console.file
+        try:
+            file.write(text)
+            file.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, file.fileno())  # also for what is left in the buffer, and for other writers
+            os.close(nowhere)
 
 
 def colour(expert: int) -> str:

@@ -242,3 +242,11 @@ def test_knock_out_and_forced_weights_equal_the_full_forward(randomise) -> None:
         full = model(whole, **options)
         assert full.logits[:, 3:].argmax(dim=-1).tolist() == result.tokens
         torch.testing.assert_close(torch.stack(result.weights), full.weights[:, 3:])
+
+
+@pytest.mark.parametrize(
+    "options", [{"banned_ids": [-1]}, {"banned_ids": [VOCAB]}, {"row_ids": [0]}], ids=str
+)
+def test_ids_that_mean_nothing_are_refused(model, options) -> None:
+    with pytest.raises(ValueError, match=r"outside the vocabulary|row_ids must name 2 rows"):
+        generate(model, [[1], [2]], 2, **options)

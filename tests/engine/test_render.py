@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -122,3 +123,25 @@ def test_records_hold_text_weights_and_logprobs() -> None:
 def test_records_of_a_model_without_router_have_no_weights() -> None:
     (record,) = token_records(Generation([["é".encode()[0]]], [[-1.0]]), 0, one_byte)
     assert record == {"id": 0xC3, "text": "\ufffd", "logprob": -1.0}
+
+
+@pytest.mark.parametrize("color", ["never", "always"])
+def test_what_the_output_cannot_say_is_replaced(color: str) -> None:
+    raw = io.BytesIO()
+    printer = TokenPrinter(one_byte, file=io.TextIOWrapper(raw, encoding="ascii"), color=color)
+    for byte in "é!".encode():
+        printer.token(byte)
+    printer.finish()
+    assert b"?!" in raw.getvalue()
+
+
+@pytest.mark.parametrize("color", ["never", "always"])
+def test_a_reader_that_leaves_early_ends_nothing(color: str) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as file:
+        printer = TokenPrinter(one_byte, ["t"], file, color)
+        os.close(reading)
+        for byte in b"nobody reads this":
+            printer.token(byte)
+        printer.finish()
+        print("nor that", file=file, flush=True)
