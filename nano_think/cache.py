@@ -24,8 +24,11 @@ class State(Protocol):
     def length(self) -> int:
         """Positions read so far."""
 
+    def check_rollback(self, n: int) -> None:
+        """Raise ValueError where the last n positions cannot be forgotten."""
+
     def rollback(self, n: int) -> None:
-        """Forget the last n positions."""
+        """Forget the last n positions; raises ValueError, with nothing changed, where that cannot be."""
 
     def reorder(self, index: Tensor) -> None:
         """Make row i the former row index[i] (beam search)."""
@@ -67,9 +70,12 @@ class AppendState:
         """Positions that n more make, or more than these where only a bound is known."""
         return self.length + n
 
-    def rollback(self, n: int) -> None:
-        if n > self.length:
+    def check_rollback(self, n: int) -> None:
+        if not 0 <= n <= self.length:
             raise ValueError(f"cannot forget {n} of {self.length} positions")
+
+    def rollback(self, n: int) -> None:
+        self.check_rollback(n)
         self.length -= n
 
     def reorder(self, index: Tensor) -> None:
@@ -104,10 +110,13 @@ class RingState:
         self.values = {**self.values, **values}
         self.length += n
 
-    def rollback(self, n: int) -> None:
-        target = self.length - n
-        if n and all(length != target for length, _ in self.snapshots):
+    def check_rollback(self, n: int) -> None:
+        if n and all(length != self.length - n for length, _ in self.snapshots):
             raise ValueError(f"no snapshot {n} positions back: ask for it with max_rollback in init_state")
+
+    def rollback(self, n: int) -> None:
+        self.check_rollback(n)
+        target = self.length - n
         while self.length != target:
             self.length, self.values = self.snapshots.pop()
 
@@ -147,7 +156,12 @@ class Cache:
             raise RuntimeError(f"states of one cache disagree about their length: {sorted(lengths)}")
         return lengths.pop() if lengths else 0
 
+    def check_rollback(self, n: int) -> None:
+        for state in self.states.values():
+            state.check_rollback(n)
+
     def rollback(self, n: int) -> None:
+        self.check_rollback(n)
         for state in self.states.values():
             state.rollback(n)
 

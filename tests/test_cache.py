@@ -159,3 +159,19 @@ def test_states_that_disagree_are_a_bug() -> None:
     with pytest.raises(RuntimeError, match=r"\[0, 1\]"):
         _ = cache.length
     assert Cache().length == 0
+
+
+def test_a_refused_rollback_changes_no_part() -> None:
+    like = torch.zeros(1)
+    kept = AppendState.empty(9, like, a=(1, 2))
+    ring = RingState(max_rollback=1, b=torch.zeros(1, 2))
+    for t in range(3):
+        kept.append(a=torch.full((1, 1, 2), float(t)))
+        ring.advance(1, b=torch.full((1, 2), float(t)))
+    cache = Cache(kept=kept, ring=ring)
+    for n in (2, 4, -1):
+        with pytest.raises(ValueError, match=r"snapshot|forget"):
+            cache.rollback(n)
+        assert cache.length == 3
+    cache.rollback(1)
+    assert (kept.length, ring.length) == (2, 2)
