@@ -42,7 +42,8 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        kernels = kernels_for(gate, up) if gate.dtype == up.dtype else None
+        same = gate.dtype == up.dtype and gate.shape == up.shape
+        kernels = kernels_for(gate, up) if same else None
         if kernels is not None:
             return kernels.gated_silu(gate, up)
         return F.silu(gate).mul_(up)
@@ -51,7 +52,7 @@ class _GatedSiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        same = gate.dtype == up.dtype == upstream.dtype
+        same = gate.dtype == up.dtype == upstream.dtype and gate.shape == up.shape
         kernels = kernels_for(gate, up, upstream) if same else None
         if kernels is not None:
             return kernels.gated_silu_gradients(gate, up, upstream)

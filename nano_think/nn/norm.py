@@ -73,7 +73,9 @@ class _RMSNorm(torch.autograd.Function):
 
 def _kernels(x: Tensor, weight: Tensor | None, dtype: torch.dtype, *more: Tensor) -> Any:
     """Compiled ones for these activations and a weight in fp32, None where there are none."""
-    if dtype not in (torch.float32, torch.bfloat16) or (weight is not None and weight.dtype != torch.float32):
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if weight is not None and (weight.dtype != torch.float32 or weight.shape != x.shape[-1:]):
         return None
     return kernels_for(x, *more) if weight is None else kernels_for(x, weight, *more)
 

@@ -33,7 +33,10 @@ def attention(
     num_queries, num_keys = q.shape[2], k.shape[2]
     if first is not None and (mask is not None or num_queries != num_keys):
         raise ValueError("first stands in place of a mask and needs as many keys as queries")
-    if mask is None and num_queries == num_keys and (causal or first is not None):
+    # torch knows what to do with other shapes, or that it cannot; our kernels count on these
+    usual = k.shape[0] == q.shape[0] and v.shape[:3] == k.shape[:3] and q.shape[1] % k.shape[1] == 0
+    usual &= k.shape[3] == q.shape[3]
+    if mask is None and usual and num_queries == num_keys and (causal or first is not None):
         if num_queries >= attention_cpp.TILE and attention_cpp.fits(q, k, v):
             return attention_cpp.tiled_attention(q, k, v, first)
         if _blocks_pay(q):

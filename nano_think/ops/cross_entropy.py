@@ -33,7 +33,11 @@ def linear_cross_entropy(
     towards `weight`; otherwise the backward pass computes the chunks again.
     uniform: say False where tokens will be weighted differently, to save the forward pass the vain attempt.
     Where no gradient is asked for, nothing is saved.
+    Raises ValueError for labels that are no int64 and IndexError for one outside the vocabulary, but not on a
+    GPU: to look would be to wait for it.
     """
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, not {labels.dtype}")
     flat, targets = hidden.flatten(0, -2), labels.flatten()
     dtype = torch.get_autocast_dtype(hidden.device.type)
     dtype = dtype if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
@@ -51,8 +55,20 @@ def linear_cross_entropy(
         return losses(flat, targets).view(labels.shape)
     labelled = (targets != IGNORED).nonzero().squeeze(1)
     nll = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
-    found = losses(flat.index_select(0, labelled), targets[labelled])
+    targets = targets[labelled]
+    if not targets.is_cuda:
+        _check_vocabulary(targets, len(weight))
+    found = losses(flat.index_select(0, labelled), targets)
     return nll.index_copy(0, labelled, found).view(labels.shape)
+
+
+def _check_vocabulary(targets: Tensor, vocab_size: int) -> None:
+    """Raise IndexError for a label that no row of the head stands for: a kernel would read what lies beside it."""
+    if len(targets):
+        low, high = (int(end) for end in targets.aminmax())
+        if low < 0 or high >= vocab_size:
+            outside = low if low < 0 else high
+            raise IndexError(f"label {outside} is outside of a vocabulary of {vocab_size} tokens")
 
 
 def _takes_unlabelled(hidden: Tensor, dtype: torch.dtype) -> bool:

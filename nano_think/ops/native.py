@@ -28,8 +28,14 @@ class BuildError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where built libraries live: $XDG_CACHE_HOME/nano_think, ~/.cache/nano_think without the variable."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_think"
+    """Where built libraries live: $XDG_CACHE_HOME/nano_think, ~/.cache/nano_think without the variable.
+
+    Raises BuildError for a user without a home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_think"
+    except RuntimeError as error:
+        raise BuildError("there is no home folder to keep libraries in: set XDG_CACHE_HOME") from error
 
 
 def find_compiler() -> str:
@@ -100,4 +106,4 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

@@ -58,8 +58,9 @@ def selective_scan(
 
     Computes in fp32 (fp64 for fp64 inputs) whatever autocast says. Returns y (B, L, d) in the dtype of x and the
     last state (B, d, n) in the dtype of the computation. Every tensor argument but `starts` has a gradient.
-    Raises ValueError for an unknown backend, or for `cpp` and `triton` where they cannot run.
+    Raises ValueError for an unknown backend, for `cpp` and `triton` where they cannot run, and for other shapes.
     """
+    _check_shapes(ScanInputs(x, dt, A, B, C, D, dt_bias, z), starts, state)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # a compiler cannot follow the choice, which looks for libraries, and a single position has none
     single = x.shape[1] == 1 and torch.compiler.is_compiling()
@@ -83,6 +84,18 @@ def selective_scan(
         else:
             y, last = reference_scan(inputs, starts, state)
         return (y * F.silu(gate[0]) if gate else y).to(x.dtype), last
+
+
+def _check_shapes(inputs: ScanInputs, starts: Tensor | None, state: Tensor | None) -> None:
+    """Raise ValueError for what is not as `selective_scan` says: a kernel would read what lies beside it."""
+    rows, (d, n) = tuple(inputs.x.shape), inputs.A.shape
+    wanted = dict.fromkeys(("x", "dt", "z"), (*rows[:2], d)) | dict.fromkeys(("B", "C"), (*rows[:2], n))
+    wanted |= {"D": (d,), "dt_bias": (d,), "starts": rows[:2], "state": (rows[0], d, n)}
+    for name, tensor in {**inputs._asdict(), "starts": starts, "state": state}.items():
+        if tensor is not None and tuple(tensor.shape) != wanted.get(name, (d, n)):
+            raise ValueError(f"{name} of a scan must be {wanted[name]}, not {tuple(tensor.shape)}")
+    if starts is not None and starts.dtype != torch.bool:
+        raise ValueError(f"starts of a scan must be bool, not {starts.dtype}")
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -80,3 +80,9 @@ def test_another_dtype_is_one_rounding_of_the_same() -> None:
     out = norm(x, torch.bfloat16)
     assert torch.equal(out, norm(x).bfloat16())
     assert torch.autograd.grad(out.float().sum(), x)[0].dtype == torch.float32
+
+
+def test_another_width_is_an_error_also_where_a_compiled_kernel_computes() -> None:
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            RMSNorm(16).to(dtype)(torch.ones(2, 32, dtype=dtype))

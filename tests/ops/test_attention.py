@@ -112,3 +112,20 @@ def test_first_equals_its_mask_on_short_rows_and_refuses_another() -> None:
         attention(q, k, v, mask=document_mask(first), first=first)
     with pytest.raises(ValueError, match="as many keys as queries"):
         attention(q[:, :, :3], k, v, first=first)
+
+
+@pytest.mark.parametrize("length", [63, 64, 200])
+def test_keys_for_all_rows_are_those_of_each_row(length):
+    """At every length, although kernels take over at some and do not know such shapes."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, length, 8, generator=generator)
+    k, v = (torch.randn(1, 2, length, 8, generator=generator) for _ in "kv")
+    want = attention_reference(q, k.expand_as(q), v.expand_as(q), causal=True)
+    torch.testing.assert_close(attention(q, k, v, causal=True), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [32, 64])
+def test_heads_that_cannot_be_shared_out_are_an_error(length):
+    q, k = torch.zeros(1, 4, length, 8), torch.zeros(1, 3, length, 8)
+    with pytest.raises((RuntimeError, ValueError)):
+        attention(q, k, k, causal=True)

@@ -161,3 +161,18 @@ def test_the_gradient_of_a_sum_is_found_without_reading_a_value(monkeypatch, wei
         total(linear_cross_entropy_reference(hidden, weight, labels)), (hidden, weight)
     )
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("differentiated", [True, False])
+@pytest.mark.parametrize("label", [11, -1, 10**9])
+def test_a_label_outside_the_vocabulary_is_an_error(label, differentiated):
+    hidden, weight, labels = problem()
+    labels[1, 3] = label
+    with torch.set_grad_enabled(differentiated), pytest.raises(IndexError, match=f"label {label} is outside"):
+        linear_cross_entropy(hidden, weight, labels)
+
+
+def test_labels_are_int64():
+    hidden, weight, labels = problem()
+    with pytest.raises(ValueError, match=r"int64, not torch\.int32"):
+        linear_cross_entropy(hidden, weight, labels.int())

@@ -88,3 +88,22 @@ def test_a_compiler_without_openmp_is_enough(tmp_path: Path, monkeypatch: pytest
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert native.cache_folder() == tmp_path / "nano_think"
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(BuildError, match="set XDG_CACHE_HOME"):
+        native.load(SOURCE)
+
+
+def test_a_compiler_may_complain_in_any_encoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wrapper = tmp_path / "cxx"
+    wrapper.write_bytes(b"#!/bin/sh\nprintf 'g\xe9n\xe9ral' >&2\nexit 1\n")
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    with pytest.raises(BuildError, match=r"g.n.ral"):
+        build(SOURCE, tmp_path / "cache")

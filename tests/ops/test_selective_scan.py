@@ -472,3 +472,27 @@ def test_the_check_of_a_kernel_does_not_depend_on_who_asks_first() -> None:
         pytest.skip("no C++ compiler")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         check_kernel(CppScan(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("length", [1, 8])
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("state", torch.zeros(1, 16, 4)),
+        ("starts", torch.zeros(1, 8, dtype=torch.bool)),
+        ("starts", torch.zeros(2, 8, dtype=torch.int64)),
+        ("D", torch.zeros(15)),
+        ("B", torch.zeros(2, 8, 5)),
+        ("dt", torch.zeros(2, 8, 1)),
+        ("A", torch.zeros(15, 4)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value.shape)),
+)
+def test_other_shapes_are_refused_by_every_backend(name, wrong, length):
+    x = torch.zeros(2, length, 16)
+    given = {"x": x, "dt": x, "A": torch.zeros(16, 4), "D": torch.zeros(16), "starts": None, "state": None}
+    given |= {letter: torch.zeros(2, length, 4) for letter in "BC"}
+    if length == 1 and name in ("starts", "B", "dt"):
+        wrong = wrong[:, :1]
+    with pytest.raises(ValueError, match="of a scan must be"):
+        selective_scan(**given | {name: wrong})
