@@ -114,7 +114,7 @@ MLA = {key: FIT[key] for key in ("batch_size", "accumulate", "max_epochs", "pati
 }
 LIMITS: dict[str, Rule] = {
     "seed": SEED,
-    "precision": OneOf(("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true")),
+    "precision": OneOf(("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")),
     "size.d_model": Whole(2, 1 << 16),
     "size.vocab_size": Whole(259),
     "size.seq_len": Whole(2, 1 << 20),

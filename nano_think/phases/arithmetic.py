@@ -8,7 +8,6 @@ processor has units for it, so that elsewhere it is fp32 by another library. A p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nano_think.files import hash_json, write_json
-from nano_think.ops.native import cache_folder
+from nano_think.errors import UserError
+from nano_think.files import hash_json
 from nano_think.ops.products import fp32_stays
 from nano_think.phases.machine import processor
+from nano_think.phases.measured import remembered
 from nano_think.phases.probe import Probe, Step
 
-FP32, BF16 = "32-true", "bf16-mixed"
+FP32, BF16, FP16 = "32-true", "bf16-mixed", "16-mixed"
 ROUNDS = 3
 # Seconds a step below which another arithmetic is not worth a look, and what it has to gain.
 SHORTEST, GAIN = 0.02, 1.05
@@ -34,16 +34,15 @@ def settle(probe: Probe, precision: str, memory: Path | None = None) -> dict[str
     """The fastest safe arithmetic of a task on a CPU: {precision, float32_matmul, seconds by candidate}.
 
     precision: `auto`, or Lightning's name of the one to be used, which leaves the library to be chosen.
-    memory: folder in which the machine remembers what it measured for networks and batches of these shapes; the
-    user's cache folder by default. What it remembers is the same in each run, so that two runs agree to the bit.
+    memory: where what was measured for networks and batches of these shapes is kept, see `remembered`.
+    Raises UserError for fp16, which only a GPU computes: a CPU would take bf16 under its name.
     """
+    if precision == FP16:
+        raise UserError(f"precision={FP16} is for GPUs: use precision={BF16} or auto on a CPU")
     candidates = list(_candidates(precision))
     if len(candidates) == 1:
         return _chosen(*candidates[0])
-    path = (memory or cache_folder() / "measured") / f"{_key(probe, candidates)}.json"
-    if not path.is_file():
-        write_json(path, _measure(probe, candidates))
-    known: dict[str, Any] = json.loads(path.read_text())
+    known: dict[str, Any] = remembered(_key(probe, candidates), lambda: _measure(probe, candidates), memory)
     return known
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from torch import Tensor
 from nano_think.data.module import TokenDataModule
 from nano_think.errors import UserError
 from nano_think.evals.flops import filling_flops, optimizer_flops, training_flops
-from nano_think.files import hash_json, write_json
+from nano_think.files import hash_json
 from nano_think.ops.products import float32_matmul
-from nano_think.phases import arithmetic
 from nano_think.phases.fit import Fit
 from nano_think.phases.machine import processor
+from nano_think.phases.measured import remembered
 from nano_think.phases.probe import LIGHTNING_AUTOCAST
 from nano_think.tasks.base import FitTask
 
@@ -108,15 +107,12 @@ def within_budget(fit: Fit, cost: Cost, planned: int) -> int:
 def gemm_peak(device: torch.device, precision: str, matmul: str, memory: Path | None = None) -> float:
     """FLOP/s of the best of a few large square products, in the arithmetic of a fit.
 
-    memory: folder in which the machine remembers it; the user's cache folder by default.
+    memory: where it is kept, see `remembered`.
     """
     machine = [torch.__version__, torch.get_num_threads(), processor()]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     key = hash_json(["gemm_peak by processor time", *machine, name, precision, matmul])
-    path = (memory or arithmetic.cache_folder() / "measured") / f"{key}.json"
-    if not path.is_file():
-        write_json(path, _measured_peak(device, precision, matmul))
-    known: float = json.loads(path.read_text())
+    known: float = remembered(key, lambda: _measured_peak(device, precision, matmul), memory)
     return known
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,18 +22,21 @@ from nano_think.phases.run import Run
 
 def network_spec(run: Run) -> dict[str, Any]:
     """The network that a run's configuration describes, as plain values: of one expert or of a `NanoThink`."""
-    size, names = run.cfg.size, list(run.cfg.expert.names)
+    names = list(run.cfg.expert.names)
+    return mixture_spec(run, names) if len(names) > 1 else run.plain(run.cfg.experts[names[0]])
+
+
+def mixture_spec(run: Run, names: Iterable[str]) -> dict[str, Any]:
+    """The `NanoThink` of a run's configuration over some of its experts, or one."""
+    size, own = run.cfg.size, run.cfg.expert.embed == "own"
     experts = {name: run.plain(run.cfg.experts[name]) for name in names}
-    if len(names) == 1:
-        return experts[names[0]]
-    own = run.cfg.expert.embed == "own"
     return fused_spec(model_settings(run), experts, size.vocab_size, size.d_model, own)
 
 
 def configured_network(run: Run, device: str = "meta") -> ExpertLM | NanoThink:
     """The untrained network of `network_spec`; on `meta` it holds no numbers."""
     size, spec = run.cfg.size, network_spec(run)
-    with torch.device(device):
+    with outlined() if device == "meta" else torch.device(device):
         network = build_network(spec)
         return network if "experts" in spec else ExpertLM((size.vocab_size, size.d_model), network)
 

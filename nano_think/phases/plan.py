@@ -1,7 +1,7 @@
 """`strategy=plan`: what the fits of a run would take on several devices, from settings and one small pass each.
 
 Bytes of one rank of N, with P parameters in all, T of them trained, M moments of the optimizer a trained
-parameter, W parameters outside of blocks, B in the largest block and all in fp32:
+parameter, W parameters outside of blocks, B in the largest block and all in fp32 (8 for 4 in fp64):
 
     ddp       4 P             4 T        4 M T          everything in each
     zero1     4 P             4 T        4 M T / N      optimizer state divided
@@ -37,20 +37,20 @@ from nano_think.phases.data import shards_maker
 from nano_think.phases.expert import expert_maker
 from nano_think.phases.fit import Fit
 from nano_think.phases.mla import SPLIT, STAGES, last_stage, stage_numbers
-from nano_think.phases.parameters import configured_network
+from nano_think.phases.parameters import mixture_spec
 from nano_think.phases.probe import PROBE_TOKENS, Probe
 from nano_think.phases.run import Run
 from nano_think.tasks.base import FitTask
 
 WAYS = ("ddp", "zero1", "zero2", "fsdp2")
-FP32 = 4
+FP32, FP64 = 4, 8
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What a fit holds. parameters, trained, outside, block: P, T, W and B of the module's docstring.
 
-    moments: numbers of optimizer state in all. fixed, a_row: bytes of activations.
+    moments: numbers of optimizer state in all. fixed, a_row: bytes of activations. number: bytes of one.
     """
 
     parameters: int
@@ -60,6 +60,7 @@ class Sizes:
     block: int
     fixed: float
     a_row: float
+    number: int = FP32
 
     def bytes_of(self, way: str, world: int, rows: int) -> dict[str, float]:
         """Bytes of one rank of `world` by cause, with `rows` rows a batch."""
@@ -67,13 +68,13 @@ class Sizes:
         share = {
             name: world if divided is None or name in divided else 1 for name in ("gradients", "moments")
         }
-        parameters: float = FP32 * self.parameters
+        parameters: float = self.number * self.parameters
         if divided is None:
-            parameters = parameters / world + (FP32 * (self.outside + self.block) if world > 1 else 0)
+            parameters = parameters / world + (self.number * (self.outside + self.block) if world > 1 else 0)
         return {
             "parameters": parameters,
-            "gradients": FP32 * self.trained / share["gradients"],
-            "optimizer": FP32 * self.moments / share["moments"],
+            "gradients": self.number * self.trained / share["gradients"],
+            "optimizer": self.number * self.moments / share["moments"],
             "activations": self.fixed + self.a_row * rows,
         }
 
@@ -186,9 +187,10 @@ def _stage(run: Run, stage: str) -> Planned:
 
     numbers = stage_numbers(run, stage)
     fit = Fit(run, shards_maker(run), numbers, f"mla_{stage}", train_split=SPLIT, key="training.mla")
-    network = configured_network(run, "cpu")
+    network = build_network(mixture_spec(run, run.cfg.expert.names))
     _without_targets(network)
-    return _planned(run, fit, RouteTask(network, stage=stage, **_told(run, fit)))
+    unfreeze = run.cfg.training.mla.unfreeze
+    return _planned(run, fit, RouteTask(network, stage=stage, unfreeze=unfreeze, **_told(run, fit)))
 
 
 def _without_targets(network: nn.Module) -> bool:
@@ -243,6 +245,7 @@ def sizes(run: Run, task: FitTask, rows: int) -> Sizes:
         block=max(counts, default=0),
         fixed=expected.fixed,
         a_row=expected.a_row,
+        number=FP64 if precision == "64-true" else FP32,
     )
 
 

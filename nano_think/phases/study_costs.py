@@ -12,7 +12,7 @@ from nano_think.artifacts.outline import outlined
 from nano_think.errors import UserError
 from nano_think.evals.flops import filling_flops, forward_flops, training_flops
 from nano_think.model import ExpertLM, NanoThink
-from nano_think.phases.mla import fused_spec, model_settings
+from nano_think.phases.parameters import mixture_spec
 from nano_think.phases.run import Maker, Run
 from nano_think.tasks.route import TRAINABLE, set_trainable
 
@@ -34,12 +34,8 @@ class Costs:
 
     def mixture(self, experts: list[str] | None = None) -> NanoThink:
         """The fused model of all experts or of some."""
-        cfg = self.run.cfg
-        specs = {name: self.run.plain(cfg.experts[name]) for name in experts or cfg.expert.names}
-        settings = model_settings(self.run)
-        spec = fused_spec(settings, specs, cfg.size.vocab_size, cfg.size.d_model, cfg.expert.embed == "own")
         with outlined():
-            return build_network(spec)
+            return build_network(mixture_spec(self.run, experts or self.run.cfg.expert.names))
 
     def parameters(self, network: nn.Module) -> float:
         """Unique parameters."""

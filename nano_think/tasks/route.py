@@ -84,7 +84,7 @@ class RouteTask(FitTask):
         valid = batch["labels"] != -100
         sums = {"cross_entropy": nll.sum(), "loss": nll.sum() + self._reader()}
         # picking out the valid ones would wait for their number, and on a GPU for the step so far
-        count, pads = valid.sum(), ~valid.unsqueeze(-1)
+        count, pads = valid.sum().clamp_min(1), ~valid.unsqueeze(-1)
         mean = weights.masked_fill(pads, 0.0).sum((0, 1)) / count
         self.mean_weights = mean.detach()
         if self.entropy_token:

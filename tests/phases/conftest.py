@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from nano_think.config import register_schema
-from nano_think.phases import arithmetic
+from nano_think.phases import measured
 from nano_think.phases import run as run_module
 from nano_think.phases.run import Run, run_phase
 from tests.texts import write_texts
@@ -97,7 +97,7 @@ def _measured_once(tmp_path_factory) -> Iterator[None]:
     """What the machine measures of a fit is remembered for these tests alone, and the same in all of them."""
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arithmetic, "cache_folder", lambda: folder)
+        patch.setattr(measured, "cache_folder", lambda: folder)
         yield
 
 

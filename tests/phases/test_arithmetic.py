@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nano_think.errors import UserError
 from nano_think.ops.products import float32_matmul, fp32_stays
 from nano_think.phases import arithmetic
 from nano_think.phases.arithmetic import BF16, FP32
@@ -115,3 +116,8 @@ def test_on_a_gpu_auto_is_bf16_where_the_device_computes_it(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
         assert arithmetic.on_gpu("auto")["precision"] == name
     assert arithmetic.on_gpu("16-mixed")["precision"] == "16-mixed"
+
+
+def test_a_cpu_computes_no_fp16(probe, tmp_path):
+    with pytest.raises(UserError, match="16-mixed is for GPUs: use precision=bf16-mixed"):
+        arithmetic.settle(probe("transformer"), "16-mixed", tmp_path)

@@ -77,6 +77,29 @@ def test_the_plan_of_a_run_is_what_the_run_then_is(built, project):
     assert fits["mla_7b"].sizes.a_row < fits["mla_7c"].sizes.a_row
 
 
+def test_a_single_expert_is_planned_for_finetuning(project):
+    fits = [fit.name for fit in planned(project.new("phase=finetune", "expert=transformer"))]
+    assert fits == ["transformer", "mla_7c", "mla_7d"]
+
+
+def test_experts_that_train_too_are_counted(project):
+    def trained(*more):
+        (fit,) = (f for f in planned(project.new("phase=mla", "expert=all", *more)) if f.name == "mla_7c")
+        return fit.sizes.trained
+
+    frozen, adapters, all_ = trained(), *(trained(f"training.mla.unfreeze={u}") for u in ("adapters", "all"))
+    assert frozen < adapters < all_
+
+
+def test_numbers_of_fp64_take_twice_the_room(project):
+    def gigabytes(precision):
+        (fit,) = planned(project.new("phase=expert", "expert=transformer", f"precision={precision}"))
+        return {key: value for key, value in fit.sizes.bytes_of("ddp", 1, 1).items() if key != "activations"}
+
+    single, double = gigabytes("32-true"), gigabytes("64-true")
+    assert double == {key: 2 * value for key, value in single.items()}
+
+
 def test_tables_and_files(project):
     folder = project.phase("phase=expert", "expert=transformer", "strategy=plan", "strategy.devices=[1,2]")
     rows = json.loads((folder / "plan.json").read_text())["transformer"]
