@@ -192,7 +192,7 @@ def test_a_checkpoint_that_is_none(train: Train, tmp_path: Path, ckpt: str) -> N
         (["prompt=x", "memory.session=mine"], "memory"),
         (["prompt=x", "memory.reset=true"], "name it by memory.session="),
     ],
-    ids=["top_k", "temperature", "long", "file", "session"],
+    ids=["top_k", "temperature", "long", "file", "session", "reset"],
 )
 def test_what_generation_cannot_do(
     train: Train, checkpoint: Path, tmp_path: Path, arguments: list[str], part: str
