@@ -126,7 +126,7 @@ CASES = [
     ("optimizer.nothing", 1),
     ("schedule.nothing", 1),
     ("schedule.final", "low"),
-    ("precision", "fp8"),
+    *(("precision", value) for value in ("fp8", "bf16-true", "16-true")),
     ("seed", -1),
     ("seed", 2**32),
     ("expert_seed", -1),

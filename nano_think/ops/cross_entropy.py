@@ -216,8 +216,12 @@ def _add_product(total: Tensor, d_logits: Tensor, rows: Tensor) -> None:
     with torch.autocast(rows.device.type, enabled=False):
         if rows.dtype == total.dtype:
             total.addmm_(d_logits.T, rows)
-        else:
-            total += d_logits.T @ rows
+            return
+        product = d_logits.T @ rows
+    # a CPU widens what it adds first: of all of it, that would be fresh memory for another table, a chunk at a time
+    few = max(1, PIECE_ELEMENTS // total.shape[1]) if total.device.type == "cpu" else len(total)
+    for part in _parts(len(total), few):
+        total[part] += product[part]
 
 
 def _parts(length: int, chunk: int) -> list[slice]:
