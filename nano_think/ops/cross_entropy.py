@@ -218,7 +218,7 @@ def _add_product(total: Tensor, d_logits: Tensor, rows: Tensor) -> None:
             total.addmm_(d_logits.T, rows)
             return
         product = d_logits.T @ rows
-    # a CPU widens what it adds first: of all of it, that would be fresh memory for another table, a chunk at a time
+    # a CPU widens a summand before it adds it: the whole one would be another table of fresh memory for each chunk
     few = max(1, PIECE_ELEMENTS // total.shape[1]) if total.device.type == "cpu" else len(total)
     for part in _parts(len(total), few):
         total[part] += product[part]
