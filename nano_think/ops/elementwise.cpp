@@ -1,5 +1,6 @@
 // What a training step does between its matrix products, each in one pass over memory: softmax and its gradient
-// in attention and in the head's loss, SwiGLU, RMS norm. Activations are fp32 or bf16, arithmetic and weights fp32.
+// in attention and in the head's loss, SwiGLU, RMS norm, rotary positions. Activations are fp32 or bf16, arithmetic
+// and weights fp32.
 //
 // Rows are independent. Sums over rows (a norm's gain) are made in kParts parts, whatever the number of threads, so
 // that it changes no bit.
@@ -201,9 +202,61 @@ void norm_backward(const T* x, const float* w, const float* inverse, const O* dy
   }
 }
 
+// x (batch, heads, length, 2 half) by its steps, its last axis dense.
+struct Rotated {
+  int64_t batch, heads, length, half;
+  int64_t steps[3];      // of x from row to row, head to head, position to position
+  int64_t angles_of_row;  // from the angles of a row to the next one's, 0 where all have the same
+};
+
+// (a c - b s, b c + a s) of one vector's pairs, which lie side by side or half a vector apart; out may not be x.
+template <class T>
+inline void rotate_pairs(const T* x, const float* cos, const float* sin, T* out, int64_t half, float sign,
+                         bool side_by_side) {
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, half - i);
+    const Vec c = load(cos + i, count), s = load(sin + i, count) * sign;
+    if (!side_by_side) {
+      const Vec a = load(x + i, count), b = load(x + half + i, count);
+      store(out + i, a * c - b * s, count);
+      store(out + half + i, b * c + a * s, count);
+      continue;
+    }
+    float first[kLanes] = {}, second[kLanes] = {}, both[2 * kLanes];
+    for (int64_t j = 0; j < count; ++j) first[j] = scalar(x[2 * (i + j)]), second[j] = scalar(x[2 * (i + j) + 1]);
+    const Vec a = load(first), b = load(second);
+    store(first, a * c - b * s);
+    store(second, b * c + a * s);
+    for (int64_t j = 0; j < kLanes; ++j) both[2 * j] = first[j], both[2 * j + 1] = second[j];
+    store(out + 2 * i, load(both), 2 * count);
+    if (2 * count > kLanes) store(out + 2 * i + kLanes, load(both + kLanes), 2 * count - kLanes);
+  }
+}
+
+template <class T>
+void rotate(const T* x, const float* cos, const float* sin, T* out, const Rotated& r, float sign, bool side_by_side,
+            int threads) {
+  const int64_t heads = r.batch * r.heads;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t head = 0; head < heads; ++head) {
+    const int64_t row = head / r.heads, width = 2 * r.half;
+    const T* own = x + row * r.steps[0] + head % r.heads * r.steps[1];
+    const int64_t angle = row * r.angles_of_row;
+    for (int64_t t = 0; t < r.length; ++t)
+      rotate_pairs(own + t * r.steps[2], cos + angle + t * r.half, sin + angle + t * r.half,
+                   out + (head * r.length + t) * width, r.half, sign, side_by_side);
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+void rotate(const void* x, const float* cos, const float* sin, void* out, const Rotated* shape, float sign,
+            int side_by_side, int half, int threads) {
+  half ? rotate((const bf16*)x, cos, sin, (bf16*)out, *shape, sign, side_by_side, threads)
+       : rotate((const float*)x, cos, sin, (float*)out, *shape, sign, side_by_side, threads);
+}
 
 int64_t norm_parts() { return kParts; }
 

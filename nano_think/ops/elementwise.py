@@ -29,8 +29,13 @@ def kernels_for(*tensors: Tensor) -> Any:
     return None
 
 
+def kernels_with_gaps(x: Tensor) -> Any:
+    """The same for a tensor that may have gaps, for what reads it by its strides."""
+    return elementwise_cpp if elementwise_cpp.fits_with_gaps(x) else gpu_kernels(x)
+
+
 def gpu_kernels(*tensors: Tensor) -> Any:
-    """`elementwise_triton` for tensors on a GPU that may have gaps, for what reads them by their strides."""
+    """`elementwise_triton` for tensors on a GPU, with gaps or without."""
     if torch.compiler.is_compiling():
         return None
     if not all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cuda for t in tensors):

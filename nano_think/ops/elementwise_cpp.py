@@ -23,7 +23,13 @@ _ARGUMENTS = {
     "swiglu_backward": (_P, _P, _P, _P, _P, _N, _I, _I),
     "norm_forward": (_P, _P, _P, _P, _N, _N, _F, _I, _I, _I),
     "norm_backward": (_P, _P, _P, _P, _P, _P, _N, _N, _I, _I, _I),
+    "rotate": (_P, _P, _P, _P, _P, _F, _I, _I, _I),
 }
+
+
+class _Rotated(ctypes.Structure):
+    _fields_ = [(name, _N) for name in ("batch", "heads", "length", "half")]
+    _fields_ += [("steps", 3 * _N), ("angles_of_row", _N)]
 
 
 @cache
@@ -45,10 +51,14 @@ def load_library() -> Any:
 
 def fits(*tensors: Tensor) -> bool:
     """Whether the kernels take these activations: fp32 or bf16, contiguous, on a CPU, outside torch.compile."""
+    return all(t.is_contiguous() for t in tensors) and fits_with_gaps(*tensors)
+
+
+def fits_with_gaps(*tensors: Tensor) -> bool:
+    """The same for a kernel that reads them by their strides."""
     return (
         not torch.compiler.is_compiling()
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
         and all(t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
         and load_library() is not None
     )
@@ -131,6 +141,26 @@ def rms_norm_gradients(
         threads(),
     )
     return dx, None if d_weight is None else d_weight.sum(dim=0)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: int) -> Tensor:
+    """x (B, H, L, D) turned by `sign` times the angles of cos and sin (B or 1, 1, L, D / 2); contiguous.
+
+    x may be a view whose last dimension is contiguous; cos and sin are contiguous.
+    """
+    out = x.new_empty(x.shape)
+    batch, heads, length, width = x.shape
+    own = 0 if len(cos) == 1 else length * width // 2
+    shape = _Rotated(batch, heads, length, width // 2, (_N * 3)(*x.stride()[:3]), own)
+    load_library().rotate(
+        *(address(tensor) for tensor in (x, cos, sin, out)),
+        ctypes.byref(shape),
+        float(sign),
+        interleaved,
+        _half(x),
+        threads(),
+    )
+    return out
 
 
 def _half(tensor: Tensor) -> bool:

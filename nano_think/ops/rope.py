@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nano_think.ops.elementwise import gpu_kernels
+from nano_think.ops.elementwise import kernels_with_gaps
 from nano_think.ops.unrecorded import apply
 
 RopeLayout = Literal["half", "interleaved"]
@@ -62,7 +62,8 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout, sign: int) -> Tensor:
-    kernels = gpu_kernels(x) if x.ndim == 4 and x.stride(-1) == 1 and _one_a_position(cos, x) else None
+    dense = x.ndim == 4 and x.stride(-1) == 1 and _one_a_position(cos, x)
+    kernels = kernels_with_gaps(x) if dense else None
     if kernels is not None:
         return kernels.rotate(x, cos.contiguous(), sin.contiguous(), layout == "interleaved", sign)
     out = x.new_empty(x.shape)  # contiguous, also where x is a transposed view

@@ -16,6 +16,7 @@ from nano_think.nn.norm import RMSNorm, rms_norm_reference
 from nano_think.ops import elementwise_cpp
 from nano_think.ops.blocked_attention import blocked_attention
 from nano_think.ops.cross_entropy import linear_cross_entropy
+from nano_think.ops.rope import apply_rope, apply_rope_reference, rope_angles
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 DTYPES = list(TOLERANCE)
@@ -111,11 +112,29 @@ def test_rms_norm(width, dtype, out, gain):
         assert_near(d_weight, grads[1], torch.float32, 5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("half", [1, 7, 8, 16, 24, 33])
+def test_rotations(half, layout, sign, dtype):
+    """Of a projection's view, by angles of each row or of all."""
+    projected = draw(2, 5, 3 * 2 * half + 4, dtype=dtype, scale=3.0)
+    x = projected[..., 4:].unflatten(-1, (3, 2 * half)).transpose(1, 2)
+    for rows in (1, 2):
+        cos, sin = rope_angles(torch.arange(rows * 5).view(rows, 1, 5), 2 * half)
+        want = apply_rope_reference(x.double(), cos, sign * sin, layout)
+        got = elementwise_cpp.rotate(x, cos, sin, layout == "interleaved", sign)
+        assert got.is_contiguous()
+        assert got.dtype == dtype
+        assert_near(got, want, dtype, 2)
+
+
 def _everything():
     """A gradient through every kernel, by the public functions."""
     parts = [draw(2, 2, 300, 16, seed=seed).requires_grad_() for seed in range(3)]
     table, gain = draw(50, 32, seed=4).requires_grad_(), RMSNorm(32)
-    mixed = blocked_attention(*parts).transpose(1, 2).flatten(2)
+    angles = rope_angles(torch.arange(300).view(1, 1, 300), 16)
+    mixed = blocked_attention(*(apply_rope(part, *angles) for part in parts)).transpose(1, 2).flatten(2)
     hidden = gain(gated_silu(mixed, mixed.flip(-1).contiguous()))
     labels = torch.randint(50, hidden.shape[:2], generator=torch.Generator().manual_seed(5))
     loss = linear_cross_entropy(hidden, table, labels)
