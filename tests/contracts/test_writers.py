@@ -37,6 +37,7 @@ LISTED = {
     "data/workers.py _Worker.call: pickle.dump": "into a pipe",
     "data/workers.py serve: pickle.dump": "into a pipe",
     "engine/compiled.py export_step: torch.export.save": MEMORY,
+    "engine/render.py TokenPrinter._put: os.open": "the null device",
     "evals/losses.py DocumentLosses.save: np.savez_compressed": MEMORY,
     "evals/plots.py _save: figure.savefig": MEMORY,
     "evals/study_record.py StudyLosses.to_bytes: np.savez_compressed": MEMORY,

@@ -102,15 +102,17 @@ def test_static_weights_are_the_minimum_of_the_pool(built):
 
 
 def test_each_stage_starts_where_the_one_before_was_selected(built):
-    before = None
+    before, arithmetic = None, None
     for stage in ("7b", "7c", "7d"):
         result = _stage(built, stage).provenance["result"]
         assert result["history"][0][0] == 0
+        measured = result["choices"]["arithmetic"]["precision"]
         if before is not None:
-            # 7d looks at memory through a slot bias of -8: hardly at all
-            assert result["history"][0][1] == pytest.approx(before, abs=1e-2 if stage == "7d" else 1e-5)
+            # 7d hardly looks at memory, through a slot bias of -8; bf16 may be the faster for one stage alone
+            apart = 1e-2 if stage == "7d" else 1e-5 if measured == arithmetic else 2e-3
+            assert result["history"][0][1] == pytest.approx(before, abs=apart)
         assert result["val_loss"] <= result["history"][0][1]
-        before = result["val_loss"]
+        before, arithmetic = result["val_loss"], measured
 
 
 def test_step_0_of_7b_is_the_static_pool(built):
