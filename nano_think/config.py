@@ -219,7 +219,7 @@ def checked_overrides(arguments: list[str], config_dir: Path) -> list[str]:
     if checked != choices:
         cfg = _compose(checked, config_dir)
     if "--cfg" not in flags and "-c" not in flags:
-        validate(cfg, {override_name(override).split(".")[0] for override in checked})
+        validate(cfg, {group_of(override) for override in checked})
         for settings in _handed_on(checked).values():
             changed = {override_name(setting) for setting in settings}
             own = [override for override in checked if override_name(override) not in changed]
@@ -297,6 +297,11 @@ def _literal(override: str, sweep: bool) -> str:
 def override_name(override: str) -> str:
     """The key of an override, without Hydra's marks."""
     return override.lstrip("+~").partition("=")[0]
+
+
+def group_of(override: str) -> str:
+    """The first part of the key of an override."""
+    return override_name(override).split(".")[0]
 
 
 def _groups(directory: Path) -> set[str]:

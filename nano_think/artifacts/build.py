@@ -78,14 +78,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:100]}...{text[-10:]}"
 
 
-def check(spec: Any, where: str) -> None:
-    """Build `spec` without allocating numbers; raises UserError naming `where` for values that cannot be built.
+def check(spec: Any, where: str) -> Any:
+    """What `spec` describes, without numbers; raises UserError naming `where` for values that cannot be built.
 
     A mistake then shows before anything is trained, not when its part is reached.
     """
     try:
         with outlined():
-            build(spec)
+            return build(spec)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
 

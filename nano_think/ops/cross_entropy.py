@@ -122,10 +122,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden = (d_hidden * upstream.unsqueeze(1)).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
             scale = None if d_weight is None else _common(upstream, targets)
-            if d_weight is not None and scale is not None:
-                d_weight = d_weight * scale
-            else:
+            if scale is None:
                 d_weight = _weighted(hidden.to(ctx.dtype), weight.to(ctx.dtype), targets, ctx.chunk, upstream)
+            else:
+                d_weight = d_weight * scale
             d_weight = d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None
 
@@ -221,7 +221,7 @@ def _add_product(total: Tensor, d_logits: Tensor, rows: Tensor) -> None:
     # a CPU widens a summand before it adds it: the whole one would be another table of fresh memory for each chunk
     few = max(1, PIECE_ELEMENTS // total.shape[1]) if total.device.type == "cpu" else len(total)
     for part in _parts(len(total), few):
-        total[part] += product[part]
+        total[part].add_(product[part])
 
 
 def _parts(length: int, chunk: int) -> list[slice]:

@@ -13,7 +13,6 @@ from torch import nn
 from nano_think.artifacts.build import build as build_network
 from nano_think.artifacts.build import check as check_network
 from nano_think.artifacts.checkpoint import load_checkpoint, save_expert
-from nano_think.artifacts.outline import outlined
 from nano_think.errors import UserError
 from nano_think.model import ExpertLM
 from nano_think.nn.leaks import leaks, refusal
@@ -34,10 +33,8 @@ def expert_maker(run: Run, name: str) -> Maker:
     own_table = training["trains_embedding"] or run.cfg.expert.embed == "own"
     needs = {need: expert_maker(_run_of(run, need), need) for need in _needs(run, name, training)}
     network = run.plain(run.cfg.experts[name])
-    check_network(network, f"experts.{name}")
-    with outlined():
-        if found := leaks(build_network(network)):
-            raise UserError(refusal(found))
+    if found := leaks(check_network(network, f"experts.{name}")):
+        raise UserError(refusal(found))
     objective = {key: training[key] for key in OBJECTIVE_KEYS if key in training}
     spec = {
         "network": network,

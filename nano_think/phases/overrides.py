@@ -10,11 +10,6 @@ from typing import Any
 from nano_think.config import override_name
 
 
-def group_of(override: str) -> str:
-    """The first part of the key of an override."""
-    return override_name(override).split(".")[0]
-
-
 def last_of_each(overrides: Iterable[str]) -> list[str]:
     """Of several overrides of one key the last: Hydra takes a group only once."""
     return list({override_name(override): override for override in overrides}.values())

@@ -50,7 +50,8 @@ FP32, FP64 = 4, 8
 class Sizes:
     """What a fit holds. parameters, trained, outside, block: P, T, W and B of the module's docstring.
 
-    moments: numbers of optimizer state in all. fixed, a_row: bytes of activations. number: bytes of one.
+    moments: numbers of optimizer state in all. fixed, a_row: bytes of activations. number: bytes
+    that one of the others takes.
     """
 
     parameters: int

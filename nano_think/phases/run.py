@@ -31,7 +31,7 @@ from rich.console import Console
 
 from nano_think.artifacts import provenance
 from nano_think.artifacts.recipe import COMPLETE_MARK, Recipe
-from nano_think.config import override_name, validate
+from nano_think.config import group_of, override_name, validate
 from nano_think.errors import UserError
 from nano_think.files import (
     atomic_dir,
@@ -45,7 +45,7 @@ from nano_think.files import (
 )
 from nano_think.phases.disk import disk_trouble
 from nano_think.phases.machine import versions
-from nano_think.phases.overrides import group_of, last_of_each, leaves_of, literal, of_other_expert
+from nano_think.phases.overrides import last_of_each, leaves_of, literal, of_other_expert
 from nano_think.phases.ranks import PLAN, SWEEPING, Ranks, number_of_processes, run_in
 from nano_think.phases.resume import what_stays
 

@@ -74,10 +74,10 @@ class S6(nn.Module):
         A = -1 .. -n for every channel (S4D-real), D = 1, steps softplus(dt_bias) log-uniform in [1e-3, 1e-1],
         uniform dt_weight in +-dt_rank^-1/2, convolution as torch's Conv1d.
         """
-        init_conv(self.conv_weight, self.conv_bias)
-        self.dt_weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
         if self.A_log.is_meta:  # without numbers
             return
+        init_conv(self.conv_weight, self.conv_bias)
+        self.dt_weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
         self.dt_bias.copy_(initial_step_bias(self.d_inner))
         self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
         self.D.fill_(1)

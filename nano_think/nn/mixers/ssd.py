@@ -54,9 +54,9 @@ class SSD(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The initial values of everything but the Linears: -A uniform in [1, 16], D = 1, steps as in S6."""
-        init_conv(self.conv_weight, self.conv_bias)
         if self.A_log.is_meta:  # without numbers
             return
+        init_conv(self.conv_weight, self.conv_bias)
         self.dt_bias.copy_(initial_step_bias(self.num_heads))
         self.A_log.uniform_(1, 16).log_()
         self.D.fill_(1)
